@@ -1,0 +1,124 @@
+"""The one place that knows what a batch is made of: containers and leaves.
+
+Containers are what pytree knows: dicts, lists, tuples, named tuples and registered types. A list or tuple of text (also
+nested, as ragged columns are) is one leaf, since the number of its rows is data and not structure.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+TreeSpec = pytree.TreeSpec
+
+
+def is_text(value: object) -> bool:
+    """Whether ``value`` is a column of text: a list or tuple that holds only str, bytes and columns of text.
+
+    An empty list counts as one: an epoch's last column may be empty.
+    """
+    if type(value) is not list and type(value) is not tuple:
+        return False
+    items: Any = value
+    if type(value) is tuple and not items:
+        return False  # an empty tuple is structure, for example the args of a call without any
+    return all(type(item) is str or type(item) is bytes or is_text(item) for item in items)
+
+
+def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
+    """Return the leaves of ``tree`` and its structure."""
+    return pytree.tree_flatten(tree, is_leaf=is_text)
+
+
+def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
+    """Undo `flatten`."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return ``tree`` rebuilt with ``function`` applied to every leaf."""
+    leaves, spec = flatten(tree)
+    return unflatten([function(leaf) for leaf in leaves], spec)
+
+
+def is_constant(leaf: object) -> bool:
+    """Whether ``leaf`` is compared by value and fixed at capture: it steers a forward rather than feeding it."""
+    return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device))
+
+
+def is_tracked(leaf: object) -> bool:
+    """Whether a change of ``leaf`` after it was handed out can be noticed (see `Snapshot`)."""
+    if isinstance(leaf, torch.Tensor):
+        return not leaf.is_inference()  # those have no version counter
+    return isinstance(leaf, (np.ndarray, int, float)) or is_text(leaf)
+
+
+def hand_out(leaf: Any, copy: bool) -> Any:
+    """Return an object of the same type and content as ``leaf`` that nobody else holds.
+
+    A tensor or array is a new view of the same memory, or a copy of it with ``copy=True``. Tensors that require grad
+    are returned as they are, since a view would change where their gradient arrives; so are objects of unknown type.
+    """
+    if isinstance(leaf, torch.Tensor):
+        if leaf.requires_grad:
+            return leaf
+        return leaf.clone() if copy else leaf.detach()
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy() if copy else leaf.view()
+    return _copy_text(leaf) if is_text(leaf) else leaf
+
+
+def _copy_text(value: Any) -> Any:
+    # type(value)() keeps a tuple a tuple; a tuple of str may be returned unchanged by tuple(), hence the list first
+    return type(value)([_copy_text(item) if is_text(item) else item for item in value])
+
+
+class Snapshot(NamedTuple):
+    """What a leaf was when the stage read it. ``holds(leaf)`` says whether it still is that."""
+
+    version: int | None
+    content: Any
+
+    @classmethod
+    def of(cls, leaf: Any) -> "Snapshot":
+        """Take a snapshot: of a tensor its version counter, of everything else its content.
+
+        NumPy arrays and lists have no version counter, so theirs is a copy.
+        """
+        if isinstance(leaf, torch.Tensor):
+            return cls(leaf._version, None)
+        if isinstance(leaf, np.ndarray):
+            return cls(None, leaf.copy())
+        return cls(None, _copy_text(leaf) if is_text(leaf) else leaf)
+
+    def holds(self, leaf: Any) -> bool:
+        """Whether ``leaf``, the object the snapshot was taken of, has not been written since."""
+        if self.version is not None:
+            return bool(leaf._version == self.version)
+        if isinstance(leaf, np.ndarray):
+            return leaf.shape == self.content.shape and _same_bytes(leaf, self.content)
+        return bool(leaf == self.content)
+
+
+def _same_bytes(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    if a.dtype.hasobject or a.dtype.kind == "T":
+        return bool(np.all(a == b))
+    return a.tobytes() == b.tobytes()  # as bytes: NaN is equal to itself here
+
+
+def describe(tree: Any) -> str:
+    """Return the structure of ``tree`` in one line, for messages: ``(Tensor[32, 4] float32, list of 32 text rows)``."""
+    if isinstance(tree, torch.Tensor):
+        return f"Tensor{list(tree.shape)} {str(tree.dtype).removeprefix('torch.')}"
+    if isinstance(tree, np.ndarray):
+        return f"ndarray{list(tree.shape)} {tree.dtype}"
+    if is_text(tree):
+        return f"{type(tree).__name__} of {len(tree)} text rows"
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, (list, tuple)):
+        inner = ", ".join(describe(value) for value in tree)
+        return f"[{inner}]" if isinstance(tree, list) else f"({inner}{',' if len(tree) == 1 else ''})"
+    return f"{type(tree).__name__}" if not is_constant(tree) else repr(tree)

@@ -1,0 +1,82 @@
+"""Errors and warnings that torchstage raises on its own account.
+
+    TorchstageError
+    |-- OptionError (ValueError)           an option is out of range or contradicts another
+    |-- BindingError (TypeError)           a batch does not fit the model's forward
+    |-- MarkError (ValueError)             a manual mark cannot be honoured, or two of them contradict
+    |-- PutTimeoutError (TimeoutError)     a staged batch found no room in time, with on_timeout="raise"
+    |-- BatchOverwrittenError              the user's loader wrote into a batch that was still waiting
+    `-- ChannelError                       the channel's end states; a training loop never sees one
+        |-- ChannelCancelled
+        `-- ChannelClosed
+
+    TorchstageWarning (UserWarning)
+    |-- EmptyStageWarning                  nothing can be staged: batches are still prefetched
+    |-- FallbackWarning                    a step used the original forward; once per reason
+    `-- DroppedBatchWarning                a batch was dropped on purpose; once per reason
+
+Exceptions of the user's loader, data set and model are never wrapped: they arrive with their own type and traceback,
+at the position of their batch, with a note that names the batch and the graph node (see ``add_note``).
+"""
+
+import sys
+
+
+class TorchstageError(Exception):
+    """Root of all errors that torchstage raises itself."""
+
+
+class OptionError(TorchstageError, ValueError):
+    """An option is out of range, of the wrong type, or contradicts another one."""
+
+
+class BindingError(TorchstageError, TypeError):
+    """A batch does not bind to the model's forward."""
+
+
+class MarkError(TorchstageError, ValueError):
+    """A manual mark (`staged`, `mark_target_node`) cannot be honoured."""
+
+
+class PutTimeoutError(TorchstageError, TimeoutError):
+    """A staged batch found no room in the buffer within ``timeout_millis``, and ``on_timeout="raise"``."""
+
+
+class BatchOverwrittenError(TorchstageError):
+    """The user's loader wrote into the memory of a batch that was still waiting for its step."""
+
+
+class ChannelError(TorchstageError):
+    """Root of the channel's end states."""
+
+
+class ChannelCancelled(ChannelError):
+    """The channel was cancelled: nothing moves until it is resumed."""
+
+
+class ChannelClosed(ChannelError):
+    """The channel was closed and everything before the end has been taken."""
+
+
+class TorchstageWarning(UserWarning):
+    """Root of all warnings that torchstage gives."""
+
+
+class EmptyStageWarning(TorchstageWarning):
+    """Nothing can be staged; batches are still prefetched."""
+
+
+class FallbackWarning(TorchstageWarning):
+    """A step ran the original forward instead of the staged one. Same numbers, no overlap."""
+
+
+class DroppedBatchWarning(TorchstageWarning):
+    """A batch was dropped because the options say so."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Attach ``note`` to ``error`` as PEP 678 does; before Python 3.11 the list is kept but not printed."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", []), note]

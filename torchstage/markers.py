@@ -1,0 +1,56 @@
+"""Marks that a user may put into a forward. In an ordinary forward both are identities."""
+
+from typing import Any
+
+import torch.fx
+
+from torchstage._structure import map_leaves
+
+
+def staged(*values: Any) -> Any:
+    """Mark a manual boundary: everything that ``values`` are computed from is staged.
+
+    Args:
+        *values: tensors, text columns, or containers of them.
+
+    Returns:
+        ``values`` unchanged: the one value, or a tuple of several.
+
+    When the model is captured, a value that cannot be staged is a `MarkError` that says why. With
+    ``do_smart_stage=True`` the search for more to stage goes on below the mark; with False the stage ends at it.
+    """
+    return _mark(boundary, values)
+
+
+def mark_target_node(*values: Any) -> Any:
+    """Mark ``values`` as the step's own: they and everything computed from them stay in the main graph.
+
+    Args:
+        *values: tensors, text columns, or containers of them.
+
+    Returns:
+        ``values`` unchanged: the one value, or a tuple of several.
+    """
+    return _mark(target, values)
+
+
+def boundary(value: Any) -> Any:
+    """Stand for a `staged` mark in a captured graph; the identity."""
+    return value
+
+
+def target(value: Any) -> Any:
+    """Stand for a `mark_target_node` in a captured graph; the identity."""
+    return value
+
+
+def _mark(function: Any, values: tuple[Any, ...]) -> Any:
+    def mark(leaf: Any) -> Any:
+        # A node per leaf keeps the container a real one, so that a traced forward can go on unpacking it.
+        if isinstance(leaf, torch.fx.Proxy):
+            return leaf.tracer.create_proxy("call_function", function, (leaf,), {})
+        return leaf
+
+    if len(values) == 1:
+        return map_leaves(mark, values[0])
+    return tuple(map_leaves(mark, value) for value in values)
