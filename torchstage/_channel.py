@@ -1,0 +1,173 @@
+"""The channel: the only queue between the threads that stage and the threads that train.
+
+Contract (tests/test_channel.py has one test per number). If the code differs from this, the code is wrong.
+
+ 1. Order. Every item has an index; items are taken in the order of their indices, whatever the order of the puts.
+ 2. Bound. At most ``capacity`` items wait. ``put(index)`` waits until ``index < next index to take + capacity``. The
+    putter of the next index to take never waits, so putters cannot block each other for ever.
+ 3. Exactly once. Each item is taken by exactly one taker, whatever the number of takers.
+ 4. Timeout. A ``put`` that finds no room within its timeout returns False and leaves nothing behind. The putter then
+    puts again or calls ``skip(index)``; takers pass over a skipped index.
+ 5. Errors. ``fail(index, error)`` needs no room. The taker of that index gets the error raised, after all items before.
+ 6. Close. After ``close(end)`` no item at or beyond ``end`` is accepted (``put`` raises ChannelClosed, a later item
+    that is already there is discarded) and what is before ``end`` can still be put and taken. Then every ``take``
+    raises ChannelClosed. Of several closes the smallest end counts. ``close()`` without an end closes at the first
+    index that has not been put.
+ 7. Cancel. After ``cancel()`` every waiting and every later ``put`` and ``take`` raises ChannelCancelled, until
+    ``resume()``. Items stay where they are; ``drain()`` removes and returns them in order.
+ 8. Reentry. Any operation may run inside another one on the same thread (a finalizer may run at any allocation).
+"""
+
+import threading
+import time
+from typing import Generic, NamedTuple, TypeVar
+
+from torchstage.errors import ChannelCancelled, ChannelClosed
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+class Channel(Generic[T]):
+    """A bounded, ordered, closable buffer that carries errors. Any number of threads may put and take.
+
+    Args:
+        capacity: how many items may wait, at least 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be >= 1. Found: {capacity}.")
+        self._capacity = capacity
+        self._items: dict[int, T | _Failure] = {}
+        self._skipped: set[int] = set()
+        self._next = 0
+        self._end: int | None = None
+        self._cancelled = False
+        # An RLock for clause 8: garbage collection may run a finalizer that cancels this very channel inside put().
+        lock = threading.RLock()
+        self._room = threading.Condition(lock)
+        self._ready = threading.Condition(lock)
+
+    def put(self, index: int, item: T, timeout: float | None = None) -> bool:
+        """Put ``item`` at ``index``, waiting for room; False if there was none within ``timeout`` seconds.
+
+        Raises:
+            ChannelClosed: the channel is closed at or before ``index``.
+            ChannelCancelled: the channel is or becomes cancelled.
+        """
+        with self._room:
+            if not self._wait_for_room(index, timeout):
+                return False
+            self._items[index] = item
+            if index == self._next:
+                self._ready.notify()
+            return True
+
+    def fail(self, index: int, error: BaseException) -> None:
+        """Put ``error`` at ``index``, to be raised by its taker. Never waits."""
+        with self._room:
+            self._items[index] = _Failure(error)
+            self._ready.notify_all()
+
+    def skip(self, index: int) -> None:
+        """Declare that ``index`` will not come. Never waits."""
+        with self._room:
+            self._skipped.add(index)
+            self._advance()
+
+    def take(self) -> T:
+        """Take the next item in order, waiting for it; raise its error if it is one.
+
+        Raises:
+            ChannelClosed: everything before the end has been taken.
+            ChannelCancelled: the channel is or becomes cancelled.
+        """
+        with self._ready:
+            while self._next not in self._items:
+                if self._cancelled:
+                    raise ChannelCancelled("the channel was cancelled")
+                if self._end is not None and self._next >= self._end:
+                    raise ChannelClosed("the channel is closed and empty")
+                # In slices: a wait without a timeout cannot be interrupted by Ctrl-C on every platform.
+                self._ready.wait(_SLICE_SECONDS)
+            if self._cancelled:
+                raise ChannelCancelled("the channel was cancelled")
+            item = self._items.pop(self._next)
+            self._next += 1
+            self._advance()
+        if isinstance(item, _Failure):
+            raise item.error
+        return item
+
+    def close(self, end: int | None = None) -> None:
+        """Accept no item at or beyond ``end`` (default: the first index that has not been put)."""
+        with self._room:
+            if end is None:
+                end = self._next
+                while end in self._items or end in self._skipped:
+                    end += 1
+            self._end = end if self._end is None else min(self._end, end)
+            for index in [i for i in self._items if i >= self._end]:
+                del self._items[index]
+            self._room.notify_all()
+            self._ready.notify_all()
+
+    def cancel(self) -> None:
+        """Make every put and take raise ChannelCancelled until `resume`."""
+        with self._room:
+            self._cancelled = True
+            self._room.notify_all()
+            self._ready.notify_all()
+
+    def resume(self) -> None:
+        """Undo `cancel`."""
+        with self._room:
+            self._cancelled = False
+
+    def drain(self) -> list[tuple[int, T | BaseException]]:
+        """Remove and return the waiting items and errors in order."""
+        with self._room:
+            waiting = sorted(self._items.items(), key=lambda pair: pair[0])
+            self._items.clear()
+            return [(index, item.error if isinstance(item, _Failure) else item) for index, item in waiting]
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the channel is cancelled now."""
+        return self._cancelled
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _wait_for_room(self, index: int, timeout: float | None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._cancelled:
+                raise ChannelCancelled("the channel was cancelled")
+            if self._end is not None and index >= self._end:
+                raise ChannelClosed(f"the channel is closed at index {self._end}. Found: index {index}.")
+            if index < self._next + self._capacity:
+                return True
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._room.wait(left)
+
+    def _advance(self) -> None:
+        """Pass over skipped indices and wake whom the new head concerns."""
+        while self._next in self._skipped:
+            self._skipped.remove(self._next)
+            self._next += 1
+        # All, not one: only the putter whose index came into the window can go on, and any one might be woken.
+        self._room.notify_all()
+        if self._end is not None:
+            self._ready.notify_all()
+        elif self._next in self._items:
+            self._ready.notify()
+
+
+_SLICE_SECONDS = 5.0
