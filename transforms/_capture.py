@@ -1,0 +1,341 @@
+"""Capture: run a forward once on proxies and keep what it did as a `torch.fx.Graph`.
+
+Three things differ from `torch.fx.symbolic_trace`. It patches nothing (the forward runs on a `Mirror` of the model,
+under a torch function mode of the calling thread), so other threads may train meanwhile. It records every torch call,
+also those without a proxy among their arguments: factory calls, random numbers, reads and writes of buffers, grad
+mode switches. And it keeps a note of each Python attribute that the forward read, so that a later change of one is
+noticed.
+
+A submodule that cannot be traced becomes a leaf and capture starts again; so the graph always covers the whole
+forward, or there is none and `UntraceableError` says why.
+"""
+
+import dataclasses
+import inspect
+import operator
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.fx
+from torch.fx.proxy import Proxy, Scope, TracerBase
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from torchstage._mode import Ambient
+from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
+from torchstage.transforms._mirror import Mirror, UntraceableError
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A captured forward.
+
+    Attributes:
+        graph: one placeholder per value leaf of the call's arguments; the output is the list of the result's leaves.
+        in_spec: structure of ``(args, kwargs)``.
+        constants: the leaves of ``(args, kwargs)`` that were fixed at capture, by position.
+        out_spec: structure of the result.
+        state: every tensor that the graph reads itself, by the target of its ``get_attr`` nodes.
+        foreign: the targets in ``state`` that are no parameter, buffer or tensor attribute of the model.
+        modules: the submodules that the graph calls as a whole, by path.
+        opaque: why a submodule is called as a whole, by path, where that was not by choice.
+        inlined: paths of the modules whose own forward was traced through.
+        attributes: Python attributes that the forward read: (module path, name, value).
+        measured: tensors of the model whose shape, dtype or device the forward's Python code read.
+    """
+
+    graph: torch.fx.Graph
+    in_spec: TreeSpec
+    constants: dict[int, Any]
+    out_spec: TreeSpec
+    state: dict[str, torch.Tensor]
+    foreign: frozenset[str]
+    modules: dict[str, torch.nn.Module]
+    opaque: dict[str, str]
+    inlined: tuple[str, ...]
+    attributes: tuple[tuple[str, str, Any], ...]
+    measured: tuple[torch.Tensor, ...]
+
+
+def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
+    """Capture ``model.forward(*args, **kwargs)``; the arguments give the structure, their contents are not used.
+
+    Raises:
+        UntraceableError: the forward as a whole cannot be expressed as a graph.
+    """
+    if "forward" in model.__dict__:
+        raise UntraceableError("forward is set on the instance, so it cannot be run on a copy of the model")
+    opaque: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(model, opaque)
+        try:
+            return tracer.run(tuple(args), kwargs)
+        except Exception as error:
+            if not tracer.failed:
+                raise UntraceableError(_sentence(error)) from error
+            opaque = {**opaque, tracer.failed: _sentence(tracer.failure or error)}
+
+
+class _Tracer(TracerBase):
+    """One attempt at a capture. ``failed`` is the path of the innermost module in which it failed ("": the model)."""
+
+    def __init__(self, model: torch.nn.Module, opaque: dict[str, str]) -> None:
+        super().__init__()
+        self.graph = torch.fx.Graph()
+        self.scope = Scope("", None)
+        self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
+        self.node_name_to_scope: dict[str, tuple[str, type]] = {}
+        self.failed: str | None = None
+        self.failure: Exception | None = None
+        self._model = model
+        self._opaque = opaque
+        self._modules = dict(model.named_modules())
+        self._mirror = Mirror(model, self)
+        self._names = {id(tensor): name for name, tensor in _tensors_of(model)}
+        self._state: dict[str, torch.Tensor] = {}
+        self._foreign: set[str] = set()
+        self._called: dict[str, torch.nn.Module] = {}
+        self._inlined: dict[str, None] = {"": None}
+        self._attributes: dict[tuple[str, str], Any] = {}
+        self._measured: dict[int, torch.Tensor] = {}
+        self._path: list[str] = [""]
+        self._ambient = Ambient.now()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        leaves, in_spec = flatten((args, kwargs))
+        constants = {i: leaf for i, leaf in enumerate(leaves) if is_constant(leaf)}
+        inputs = [
+            leaf if i in constants else self.create_proxy("placeholder", f"input_{i}", (), {})
+            for i, leaf in enumerate(leaves)
+        ]
+        traced_args, traced_kwargs = unflatten(inputs, in_spec)
+        with _python_random_untouched(), _Recorder(self):
+            result = self._mirror.root.forward(*traced_args, **traced_kwargs)
+        if self.failure is not None:  # a submodule failed and the forward caught its exception
+            raise self.failure
+        self._mirror.check_containers()
+        outputs, out_spec = flatten(result)
+        self.graph.output(self.create_arg(outputs))
+        self.graph.lint()
+        return Capture(
+            graph=self.graph,
+            in_spec=in_spec,
+            constants=constants,
+            out_spec=out_spec,
+            state=self._state,
+            foreign=frozenset(self._foreign),
+            modules=self._called,
+            opaque={path: why for path, why in self._opaque.items() if path in self._called},
+            inlined=tuple(self._inlined),
+            attributes=tuple((path, name, value) for (path, name), value in self._attributes.items()),
+            measured=tuple(self._measured.values()),
+        )
+
+    def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self._modules[path]
+        if path in self._opaque or is_leaf(module):
+            self._called[path] = module
+            return self.create_proxy("call_module", path, args, kwargs)
+        self._inlined[path] = None
+        self._path.append(path)
+        try:
+            with _python_random_untouched():
+                return stand_in.forward(*args, **kwargs)
+        except Exception as error:
+            if self.failure is None:
+                self.failed, self.failure = path, error
+            raise
+        finally:
+            self._path.pop()
+
+    def read_attribute(self, path: str, name: str, value: Any) -> None:
+        self._attributes[path, name] = value
+
+    def read_metadata(self, tensor: torch.Tensor) -> None:
+        self._measured[id(tensor)] = tensor
+
+    def proxy(self, node: torch.fx.Node) -> Proxy:
+        return _Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return self._state_node(a)
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        if kind not in ("placeholder", "output", "get_attr"):
+            changed = dataclasses.replace(Ambient.now(), grad=self._ambient.grad).differs(self._ambient)
+            if changed is not None:
+                raise UntraceableError(f"forward changes the {changed}")
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta["path"] = self._path[-1]
+        node.meta["source"] = _user_line()
+        return node
+
+    def _state_node(self, tensor: torch.Tensor) -> torch.fx.Node:
+        name = self._names.get(id(tensor))
+        if name is None:
+            name = f"constant_{len(self._foreign)}"
+            self._names[id(tensor)] = name
+            self._foreign.add(name)
+        self._state[name] = tensor
+        return self.create_node("get_attr", name, (), {})
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns each torch call that makes or takes a tensor into a node."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func is torch._C._set_grad_enabled:
+            self._tracer.create_proxy("call_function", func, args, kwargs)
+            return func(*args, **kwargs)
+        involved = [a for a in flatten((args, kwargs))[0] if isinstance(a, (Proxy, torch.Tensor))]
+        if not involved and name not in _FACTORIES:
+            return self._call(func, args, kwargs)
+        if name in ("__get__", "__set__", "__delete__"):
+            return self._property(func, name, args)
+        if name in _METADATA and not any(isinstance(a, Proxy) for a in involved):
+            self._tracer.read_metadata(args[0])
+            return func(*args, **kwargs)
+        kind, target = ("call_method", name) if is_tensor_method_or_property(func) else ("call_function", func)
+        return self._tracer.create_proxy(kind, target, args, kwargs)
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, torch.Tensor) for leaf in flatten(result)[0]):
+            raise UntraceableError(f"{getattr(func, '__name__', func)} makes a tensor from Python values")
+        return result
+
+    def _property(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
+        field = func.__self__.__name__
+        if name != "__get__":
+            raise UntraceableError(f"forward sets .{field} of a tensor")
+        if field in _METADATA and isinstance(args[0], torch.Tensor):
+            self._tracer.read_metadata(args[0])
+            return func(*args)
+        return self._tracer.create_proxy("call_function", getattr, (args[0], field), {})
+
+
+class _Value(Proxy):
+    """A proxy that records in-place operators and item assignment, which `torch.fx` records as pure ones or refuses."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def record(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
+def is_leaf(module: torch.nn.Module) -> bool:
+    """Whether a submodule is called as a whole: torch's own layers, and any whose call does more than its forward."""
+    if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return True
+    if "parametrizations" in module._modules:
+        return True
+    home = type(module).__module__
+    return home.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, torch.nn.Sequential)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks besides its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _python_random_untouched:
+    """Refuse a forward that draws from Python's or NumPy's generators: the draw would be done once, at capture."""
+
+    def __enter__(self) -> None:
+        self._before = _generators()
+
+    def __exit__(self, *exc: object) -> None:
+        before, after = self._before, _generators()
+        if before[1] != after[1]:
+            random.setstate(before[1])
+        if before[3] != after[3]:
+            np.random.set_state(before[2])
+        if before[1:2] + before[3:] != after[1:2] + after[3:]:
+            raise UntraceableError("forward draws from Python's or NumPy's random generator")
+
+
+def _generators() -> tuple[Any, ...]:
+    legacy: Any = np.random.get_state()
+    return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
+
+
+def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return every tensor that hangs on the model, with its path; the first path of one that hangs there twice."""
+    found = [*model.named_parameters(), *model.named_buffers()]
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        found += [(prefix + k, v) for k, v in vars(module).items() if isinstance(v, torch.Tensor)]
+    seen: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in found:
+        seen.setdefault(id(tensor), (name, tensor))
+    return list(seen.values())
+
+
+def _user_line() -> str:
+    """Return ``file:line`` of the innermost frame outside torch and torchstage."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "torchstage.")) and module != "torch":
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UntraceableError):
+        return str(error)
+    lines = str(error).splitlines()
+    where = _raised_at(error)
+    return f"{type(error).__name__}: {lines[0] if lines else ''}{f' ({where})' if where else ''}"
+
+
+def _raised_at(error: BaseException) -> str:
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "torchstage.")) and module != "torch":
+            found = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+# Calls that make a tensor from no tensor. `torch.overrides` has no list of them; a missing one is found by `_call`.
+_FACTORIES = frozenset(
+    "arange as_tensor bartlett_window blackman_window complex empty empty_strided eye full hamming_window hann_window "
+    "kaiser_window linspace logspace normal ones rand randint randn randperm range scalar_tensor sparse_coo_tensor tensor "
+    "tril_indices triu_indices zeros asarray from_numpy frombuffer".split()
+)
+# What a tensor is, not what it holds: read from the model's own tensors at capture, as a forward's Python code would.
+# A parameter keeps these for life, but for its device and dtype, which the guards compare.
+_METADATA = frozenset(
+    "shape ndim dim size numel nelement dtype device layout itemsize element_size is_floating_point is_complex is_cuda "
+    "is_sparse requires_grad is_leaf names __len__ get_device stride is_contiguous".split()
+)
