@@ -1,0 +1,21 @@
+"""Graph to graph: capture a forward, judge its effects, plan what can run ahead, and lift it. No threads, no clocks."""
+
+from torchstage.transforms._binding import Binder, Inputs
+from torchstage.transforms._capture import Capture, capture
+from torchstage.transforms._lift import Lifted, lift
+from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._plan import NodePlan, Plan, Reason, make_plan
+
+__all__ = [
+    "Binder",
+    "Capture",
+    "Inputs",
+    "Lifted",
+    "NodePlan",
+    "Plan",
+    "Reason",
+    "UntraceableError",
+    "capture",
+    "lift",
+    "make_plan",
+]

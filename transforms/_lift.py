@@ -1,0 +1,123 @@
+"""Lift: build the stage and the main graph that a plan decided on. Two new modules; the captured graph is left alone.
+
+The law, for every batch: ``main(batch, stage(batch)) == forward(batch)``.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.fx
+
+from torchstage import markers
+from torchstage._structure import flatten
+from torchstage.transforms._capture import Capture
+from torchstage.transforms._plan import Plan, cut_of, input_position, without_marks
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a captured graph as a module of its own.
+
+    Attributes:
+        module: takes ``inputs`` (leaves by position) and then ``values``, returns a list.
+        inputs: positions of the leaves it takes.
+        values: names of the nodes, outside the piece, whose values it takes.
+        outputs: names of the nodes whose values it returns; empty where it returns the forward's own leaves.
+    """
+
+    module: torch.fx.GraphModule
+    inputs: tuple[int, ...]
+    values: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lifted:
+    """A forward in two parts: ``main`` takes what ``stage`` returns after its own inputs."""
+
+    stage: Part
+    main: Part
+
+
+def lift(capture: Capture, plan: Plan) -> Lifted:
+    """Build both parts. ``plan`` must be one of ``capture``."""
+    names = {node.name for node in plan.lifted}
+    lifted = [node for node in capture.graph.nodes if node.name in names]
+    kept = [node for node in capture.graph.nodes if node.op.startswith("call_") and node.name not in names]
+    cut = cut_of(capture.graph, lambda node: node.name in names)
+    output = next(iter(reversed(capture.graph.nodes)))
+    return Lifted(
+        stage=extract(capture, lifted, cut, f"{plan.model}Stage"),
+        main=extract(capture, kept, output.args[0], f"{plan.model}Main"),
+    )
+
+
+def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name: str) -> Part:
+    """Build a module of ``nodes`` (in graph order) that returns ``results``, a list of nodes and constants.
+
+    Values of other nodes become inputs, state and submodules are the model's own objects, marks vanish.
+    """
+    graph = torch.fx.Graph()
+    inside = set(nodes)
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    read = {without_marks(source) for source in _sources(inside, results)}
+    in_order = [node for node in capture.graph.nodes if node in read]
+    leaves = sorted((node for node in in_order if node.op == "placeholder"), key=input_position)
+    values = [node for node in in_order if node.op.startswith("call_") and node not in inside]
+    for node in leaves + values:
+        copies[node] = graph.placeholder(node.name)
+    targets = _Targets()
+
+    def copy_of(node: torch.fx.Node) -> torch.fx.Node:
+        origin = without_marks(node)
+        if origin not in copies:  # state is read where it is first needed
+            copies[origin] = graph.get_attr(targets.of(str(origin.target), capture.state[str(origin.target)]))
+            copies[origin].meta = dict(origin.meta)
+        return copies[origin]
+
+    for node in capture.graph.nodes:
+        if node not in inside or node.target in (markers.boundary, markers.target):
+            continue
+        for source in node.all_input_nodes:
+            copy_of(source)
+        copies[node] = graph.node_copy(node, copy_of)
+        if node.op == "call_module":
+            path = str(node.target)
+            copies[node].target = targets.of(path, capture.modules[path])
+    graph.output(torch.fx.node.map_arg(list(results), copy_of))
+    module = torch.fx.GraphModule(targets.objects, graph, class_name=name)
+    graph.lint()
+    returned = tuple(r.name for r in results) if all(isinstance(r, torch.fx.Node) for r in results) else ()
+    return Part(
+        module=module,
+        inputs=tuple(input_position(node) for node in leaves),
+        values=tuple(node.name for node in values),
+        outputs=returned,
+    )
+
+
+class _Targets:
+    """Flat attribute names for the model's objects, so that no part shares a nested module with the user's model."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
+
+    def of(self, path: str, value: Any) -> str:
+        if path not in self._names:
+            base = name = re.sub(r"\W", "_", f"of_{path}")
+            count = 1
+            while name in self.objects:
+                count += 1
+                name = f"{base}_{count}"
+            self._names[path] = name
+            self.objects[name] = value
+        return self._names[path]
+
+
+def _sources(nodes: Iterable[torch.fx.Node], results: Any) -> set[torch.fx.Node]:
+    found = {source for node in nodes for source in node.all_input_nodes}
+    return found.union(result for result in flatten(results)[0] if isinstance(result, torch.fx.Node))
