@@ -1,0 +1,237 @@
+"""The pipeline of one epoch: threads that read the user's loader and stage its batches, and the buffer between.
+
+Contract (tests/test_pipeline.py and tests/test_laws.py have a test per number). If the code differs from this, it is
+wrong.
+
+ 1. Order. Batches are taken in the order in which the loader gave them, each once, for any number of workers and
+ clients.
+ 2. Bound. At most ``capacity`` batches wait in the buffer and each worker holds at most one.
+ 3. One reader at a time. The user's iterator is never called by two threads at once.
+ 4. End. When the loader ends, or raises a closed exception type, every client gets the batches before and then the end.
+ 5. Errors. An exception of the loader or the stage is raised to the client that takes that batch's position, after all
+    batches before it; nothing is read after it. An ignored exception type skips its batch and is counted.
+ 6. Timeout. A batch that finds no room within the timeout is dropped, raised or waited for, as ``on_timeout`` says, and
+    counted; the others keep their order.
+ 7. Stop. `stop` may be called at any time, by any thread, more than once. It wakes all threads and waits for them,
+ for a
+    bounded time; a thread that hangs in the user's loader is named in a warning. Threads are daemons, so that one which
+    never returns cannot keep the process alive.
+ 8. Nothing lost. After `stop`, `leftovers` are the outcomes that were read and not taken, in order.
+ 9. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
+    ends the threads.
+"""
+
+import dataclasses
+import sys
+import threading
+import time
+import traceback
+import warnings
+from typing import Any
+
+from torchstage._channel import Channel
+from torchstage.errors import (
+    ChannelCancelled,
+    ChannelClosed,
+    DroppedBatchWarning,
+    PutTimeoutError,
+    TorchstageWarning,
+    add_note,
+)
+from torchstage.loaders._source import Batch, Source
+from torchstage.loaders._stager import Bound, Stager
+from torchstage.options import SmartStageOptions
+from torchstage.stats import Recorder
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What waits in the buffer: a batch, and its ticket if there is one."""
+
+    index: int
+    batch: Batch
+    bound: Bound | None
+
+
+class Pipeline:
+    """See the module's contract.
+
+    Args:
+        source: the pass over the user's loader.
+        stager: what to do to each batch; None to hand it on as it is.
+        options: capacity, threads, timeout, exception types.
+        recorder: where figures and warnings go.
+    """
+
+    def __init__(self, source: Source, stager: Stager | None, options: SmartStageOptions, recorder: Recorder) -> None:
+        self.source = source
+        self.channel: Channel[Item] = Channel(options.capacity)
+        self.options = options
+        self.recorder = recorder
+        self.stager = stager
+        self._reading = threading.Lock()
+        self._next_index = 0
+        self._ended = False
+        self._in_hand: dict[int, Any] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Read the first batch and prepare its staging on the calling thread, then start the workers.
+
+        The first read draws from the random streams of the training loop (a sampler's seed), so it must happen where
+        and when the plain loop does it.
+        """
+        first = self._first()
+        if first is not None and self.stager is not None:
+            self.stager.prepare(first.value)
+        for number in range(self.options.num_threads):
+            name = f"torchstage-{self.recorder.name}-{number}"
+            thread = threading.Thread(target=_work, args=(self,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _first(self) -> Batch | None:
+        while True:
+            outcome = self.source.peek()
+            if isinstance(outcome, Batch):
+                return outcome
+            if isinstance(outcome, StopIteration) or not isinstance(outcome, self.options.ignored_exception_types):
+                return None  # a worker reads it again and sends it on
+            self.source.skip()
+            self._read_failed(outcome)
+
+    def take(self) -> Item:
+        """Take the next batch.
+
+        Raises:
+            ChannelClosed: the epoch has ended.
+            ChannelCancelled: the pipeline was stopped.
+            BaseException: the error at this position.
+        """
+        started = time.perf_counter()
+        occupancy = min(len(self.channel) / self.options.capacity, 1.0)
+        item = self.channel.take()
+        self.recorder.took(time.perf_counter() - started, occupancy)
+        item.batch.check_not_overwritten(item.index)
+        return item
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop all workers; wait at most ``timeout`` seconds for them."""
+        self.channel.cancel()
+        if threading.current_thread() in self._threads:
+            return  # garbage collection ran a finalizer on a worker: the others may wait for what this one holds
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        for thread in self._threads:
+            if thread.is_alive():
+                warnings.warn(
+                    f"the thread {thread.name!r} did not stop within {timeout} s; it hangs at {_where(thread)}. It cannot "
+                    "keep the process alive, but what it holds is not released.",
+                    TorchstageWarning,
+                    stacklevel=2,
+                )
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+
+    def leftovers(self) -> list[Any]:
+        """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
+        waiting: dict[int, Any] = {i: x if isinstance(x, BaseException) else x.batch for i, x in self.channel.drain()}
+        waiting.update(self._in_hand)
+        self._in_hand = {}
+        return [waiting[index] for index in sorted(waiting)] + self.source.unread()
+
+    def read(self) -> tuple[int, Batch, float] | None:
+        """Read the next batch for the calling worker: its index, itself, and the seconds it took. None at the end."""
+        with self._reading:
+            while not self._ended and not self.channel.cancelled:
+                started = time.perf_counter()
+                try:
+                    batch = self.source.next()
+                except BaseException as error:  # noqa: BLE001 - it is raised to the client
+                    self._read_failed(error)
+                    continue
+                index = self._next_index
+                self._next_index += 1
+                self._in_hand[index] = batch
+                return index, batch, time.perf_counter() - started
+        return None
+
+    def _read_failed(self, error: BaseException) -> None:
+        if isinstance(error, (StopIteration, *self.options.closed_exception_types)):
+            self._end(self._next_index)
+        elif isinstance(error, self.options.ignored_exception_types):
+            self.dropped(type(error).__name__, f"the loader raised {error!r}")
+        else:
+            add_note(error, f"raised by the loader for batch {self._next_index}, on a torchstage thread")
+            self._fail(self._next_index, error)
+
+    def process(self, index: int, batch: Batch, read_seconds: float) -> None:
+        """Stage one batch and put it in the buffer.
+
+        Raises:
+            ChannelCancelled: the pipeline was stopped; the batch stays in hand.
+            ChannelClosed: the epoch ended before this batch.
+        """
+        started = time.perf_counter()
+        try:
+            bound = self.stager.stage(batch.value) if self.stager is not None else None
+        except BaseException as error:  # noqa: BLE001 - it is raised to the client
+            self._in_hand.pop(index)
+            if isinstance(error, self.options.closed_exception_types):
+                self._end(index)
+            elif isinstance(error, self.options.ignored_exception_types):
+                self.channel.skip(index)
+                self.dropped(type(error).__name__, f"staging batch {index} raised {error!r}")
+            else:
+                add_note(error, f"raised while staging batch {index}, on a torchstage thread")
+                self._fail(index, error)
+            return
+        self.recorder.staged(read_seconds, None if bound is None else time.perf_counter() - started)
+        self._put(index, Item(index, batch, bound))
+        self._in_hand.pop(index, None)
+
+    def _put(self, index: int, item: Item) -> None:
+        timeout = self.options.timeout_millis / 1e3
+        while not self.channel.put(index, item, timeout):
+            late = f"batch {index} found no room in the buffer within {self.options.timeout_millis} ms"
+            if self.options.on_timeout == "raise":
+                way_out = 'Raise timeout_millis, or use on_timeout="wait".'
+                self._fail(index, PutTimeoutError(f"{late}: the training loop took no batch. {way_out}"))
+                return
+            if self.options.on_timeout == "drop":
+                self.channel.skip(index)
+                self.dropped("timeout", f'{late}; on_timeout="wait" keeps such batches')
+                return
+            self.recorder.warn_once("waits", DroppedBatchWarning, f'{late}; it waits on, as on_timeout="wait" says')
+
+    def dropped(self, reason: str, what: str) -> None:
+        """Count a batch that is dropped on purpose, and warn the first time."""
+        self.recorder.drop(reason)
+        self.recorder.warn_once(f"drop {reason}", DroppedBatchWarning, f"a batch was dropped: {what}")
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        self._ended = True
+        self.channel.fail(index, error)
+        self.channel.close(index + 1)
+
+    def _end(self, index: int) -> None:
+        self._ended = True
+        self.channel.close(index)
+
+
+def _work(pipeline: Pipeline) -> None:
+    """Read and stage until the end, an error or a stop. The body of a worker thread."""
+    try:
+        while (got := pipeline.read()) is not None:
+            pipeline.process(*got)
+            del got  # or this frame keeps the batch alive while it waits for the next
+    except (ChannelCancelled, ChannelClosed):
+        pass
+
+
+def _where(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or -1)
+    if frame is None:
+        return "its end"
+    last = traceback.extract_stack(frame)[-1]
+    return f"{last.filename}:{last.lineno} in {last.name}"

@@ -1,0 +1,128 @@
+"""The source: reads the user's loader, and makes each batch safe to wait in a buffer while the loader goes on.
+
+Every batch is handed on as new objects (`torchstage._structure.hand_out`), so that it can be recognised. A loader that
+reuses its memory would overwrite batches that wait: so the first batches of each epoch are copied, and the source looks
+whether memory that it has seen comes again. If it does, copying goes on; if not, the rest of the epoch is not copied,
+and a tensor that is overwritten all the same is found by its version before it is handed out.
+"""
+
+import collections
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torchstage._structure import flatten, hand_out, unflatten
+from torchstage.errors import BatchOverwrittenError
+
+
+class Batch(NamedTuple):
+    """A batch of the user's, rebuilt from objects that only torchstage holds."""
+
+    value: Any
+    leaves: list[Any]
+    versions: list[tuple[torch.Tensor, int]]
+
+    def check_not_overwritten(self, index: int) -> None:
+        """Raise if a tensor was written since it was read.
+
+        Raises:
+            BatchOverwrittenError: with the batch's index and the way out.
+        """
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise BatchOverwrittenError(
+                    f"the loader wrote into batch {index} (a tensor of shape {list(tensor.shape)}) while it was waiting for "
+                    "its step. Let the loader make new tensors for each batch, or yield copies."
+                )
+
+
+class Source:
+    """One pass over the user's loader. Not thread-safe: the pipeline calls it under its lock.
+
+    Args:
+        iterator: the user's iterator.
+        window: how many batches may be in flight at once.
+        pushed_back: outcomes of an earlier pass over the same one-shot iterator that nobody has seen.
+    """
+
+    def __init__(self, iterator: Iterator[Any], window: int, pushed_back: list[Any]) -> None:
+        self._iterator = iterator
+        self._probation = window + 1
+        self._pushed_back = collections.deque(pushed_back)
+        self._recent: collections.deque[list[tuple[int, _Memory]]] = collections.deque(maxlen=window + 1)
+        self._copying = False
+
+    def peek(self) -> "Batch | BaseException":
+        """Return the next outcome, a batch or what reading it raised, and keep it for `next`."""
+        if not self._pushed_back:
+            try:
+                self._pushed_back.append(self._read())
+            except Exception as error:  # noqa: BLE001 - raised again by `next`, at the batch's position
+                self._pushed_back.append(error)
+        return self._pushed_back[0]  # type: ignore[no-any-return]
+
+    def next(self) -> Batch:
+        """Return the next batch.
+
+        Raises:
+            StopIteration: there is none.
+            BaseException: whatever the user's loader raises.
+        """
+        if self._pushed_back:
+            outcome = self._pushed_back.popleft()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome  # type: ignore[no-any-return]
+        return self._read()
+
+    def skip(self) -> None:
+        """Drop what `peek` returned."""
+        self._pushed_back.popleft()
+
+    def unread(self) -> list[Any]:
+        """Return what was peeked at and not read."""
+        return list(self._pushed_back)
+
+    def _read(self) -> Batch:
+        leaves, spec = flatten(next(self._iterator))
+        memories = [memory for memory in map(_memory_of, leaves) if memory is not None]
+        seen = {address for memories in self._recent for address, owner in memories if owner.alive()}
+        self._copying = self._copying or any(address in seen for address, _ in memories)
+        self._recent.append(memories)
+        copy = self._copying or self._probation > 0
+        self._probation -= 1
+        own = [hand_out(leaf, copy) for leaf in leaves]
+        versions = [(leaf, leaf._version) for leaf in own if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+        return Batch(unflatten(own, spec), own, versions)
+
+
+class _Memory:
+    """A weak hold on the memory of a leaf, to tell reuse by the loader from reuse by the allocator."""
+
+    def __init__(self, leaf: Any) -> None:
+        self._storage = StorageWeakRef(leaf.untyped_storage()) if isinstance(leaf, torch.Tensor) else None
+        self._array = weakref.ref(_owner(leaf)) if self._storage is None else None
+
+    def alive(self) -> bool:
+        if self._storage is not None:
+            return not self._storage.expired()
+        return self._array is not None and self._array() is not None
+
+
+def _memory_of(leaf: Any) -> tuple[int, _Memory] | None:
+    if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.device.type != "meta" and leaf.numel():
+        return leaf.data_ptr(), _Memory(leaf)
+    if isinstance(leaf, np.ndarray) and leaf.size:
+        return leaf.__array_interface__["data"][0], _Memory(leaf)
+    return None
+
+
+def _owner(array: np.ndarray[Any, Any]) -> Any:
+    """Return the array that owns the memory, as far as NumPy knows it."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array

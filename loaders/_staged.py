@@ -1,0 +1,306 @@
+"""`StagedDataLoader`: the user's loader, read ahead and staged in the background."""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from torchstage._threads import get_stage_thread_pool
+from torchstage.errors import ChannelCancelled, ChannelClosed, OptionError, TorchstageError
+from torchstage.loaders._model import core_of, stage_model, unwrap
+from torchstage.loaders._pipeline import Pipeline
+from torchstage.loaders._source import Source
+from torchstage.loaders._stager import Stager
+from torchstage.options import SmartStageOptions
+from torchstage.stats import Recorder, Stats
+from torchstage.transforms._binding import Binder, Inputs
+from torchstage.transforms._plan import Plan
+
+
+class StagedDataLoader:
+    """Reads ``loader`` in the background, runs the model's stage on each batch, and hands out the batches in order.
+
+    Each iteration is an epoch with threads of its own, which end with it. What is handed out are the loader's batches,
+    rebuilt of new objects with the same contents; `model` recognises them. Attributes that this class does not have are
+    those of ``loader`` (``loader.dataset``, ``loader.sampler``, ...).
+
+    Args:
+        loader: any iterable of batches: a `DataLoader`, a list, a generator, an `IterableDataset`.
+        model: the module to stage for; None to prefetch only.
+        options: see `SmartStageOptions`; single ones can be given by keyword.
+        inputs: maps a batch to ``(args, kwargs)`` of forward. By default a mapping binds by the names of forward's
+            parameters, a tuple or list by its leading elements, anything else is the only argument.
+
+    Raises:
+        TypeError: ``loader`` is not iterable or already staged, or ``model`` is no module.
+        OptionError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        model: torch.nn.Module | None = None,
+        options: SmartStageOptions | None = None,
+        *,
+        inputs: Inputs | None = None,
+        **overrides: Any,
+    ) -> None:
+        _check_loader(loader)
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module. Found: {type(model).__name__}. The order is smart_stage(model, loader) "
+                "and StagedDataLoader(loader, model)."
+            )
+        self._options = SmartStageOptions.of(options, overrides)
+        name = self._options.name or (type(model).__name__ if model is not None else "prefetch")
+        recorder = Recorder(name)
+        stager = None
+        self._model = None
+        use_pool = self._options.use_stage_subgraph_thread_pool
+        pool = get_stage_thread_pool(self._options.stage_subgraph_thread_pool_id) if use_pool else None
+        if model is not None:
+            plain = unwrap(model)
+            _check_graph(self._options.graph, plain)
+            self._model = stage_model(model)
+            stager = Stager(plain, self._options, Binder(plain, inputs), pool, recorder)
+        self._shared = _Shared(loader, self._options, recorder, stager)
+        weakref.finalize(self, self._shared.stop)
+        _live.add(self)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The staged model, which recognises this loader's batches; None for a loader that only prefetches."""
+        return self._model
+
+    @property
+    def options(self) -> SmartStageOptions:
+        """The options in force."""
+        return self._options
+
+    @property
+    def stats(self) -> Stats:
+        """A snapshot of what was measured so far; ``print(loader.stats)`` says how to read it."""
+        return self._shared.recorder.snapshot(core_of(self._model).raw if self._model is not None else 0)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force, what is lifted and why; None before the first batch was read or without a model."""
+        return self._shared.stager.plan if self._shared.stager is not None else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return StagedIterator(self, self._shared.join())
+
+    def __len__(self) -> int:
+        return len(self._shared.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_shared":  # not there yet, or no longer: an error of this class, not of the loader's
+            raise AttributeError(name)
+        return getattr(self._shared.loader, name)
+
+    def __repr__(self) -> str:
+        return f"StagedDataLoader({self._shared.loader!r}, name={self._shared.recorder.name!r})"
+
+    def start(self) -> None:
+        """Start the background work of the next epoch now, instead of at its first batch."""
+        self._shared.start()
+
+    def close(self) -> None:
+        """Stop all background work and wait for it, for a bounded time. The loader can be iterated again."""
+        self._shared.stop()
+
+    def __enter__(self) -> "StagedDataLoader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class StagedIterator:
+    """One client's iteration over one epoch. Dropping it, after a ``break`` for example, ends the epoch's threads."""
+
+    def __init__(self, loader: StagedDataLoader, epoch: "_Epoch") -> None:
+        self._loader = loader  # keeps it, and so its threads, alive
+        self._epoch = epoch
+        self._over = False
+        self._release = weakref.finalize(self, epoch.release)
+
+    def __iter__(self) -> "StagedIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if self._over:
+            raise StopIteration
+        epoch, recorder = self._epoch, self._loader._shared.recorder
+        try:
+            epoch.begin()
+            recorder.emit(stacklevel=2)
+            item = epoch.pipeline.take()
+        except ChannelClosed:
+            self.close()
+            recorder.emit(stacklevel=2)
+            raise StopIteration from None
+        except ChannelCancelled:
+            self._over = True
+            raise TorchstageError(_CLOSED) from None
+        except BaseException:
+            self.close()
+            raise
+        if item.bound is not None:
+            leaves = item.batch.leaves
+            core_of(self._loader.model).registry.add(*item.bound, leaves, self._loader.options.num_clients)
+        return item.batch.value
+
+    def close(self) -> None:
+        """End this iteration; the epoch ends with its last client."""
+        self._over = True
+        self._release()
+
+
+class _Shared:
+    """What a loader and its epochs share. Holds no reference to the loader that the user holds."""
+
+    def __init__(self, loader: Any, options: SmartStageOptions, recorder: Recorder, stager: Stager | None) -> None:
+        self.loader = loader
+        self.options = options
+        self.recorder = recorder
+        self.stager = stager
+        self._lock = threading.RLock()  # a finalizer may run inside
+        self._epochs: list[_Epoch] = []
+        self._pushed_back: list[Any] = []
+
+    def join(self) -> "_Epoch":
+        """Return the epoch that the calling thread's next iteration belongs to.
+
+        With several clients that is the oldest one that still lacks a client and that this thread has not joined: so an
+        epoch is handed to ``num_clients`` iterations in all, however late the last of them comes.
+        """
+        client = threading.current_thread()
+        with self._lock:
+            for epoch in self._epochs:
+                if len(epoch.clients) < self.options.num_clients and client not in epoch.clients:
+                    break
+            else:
+                epoch = self._open()
+            epoch.clients.append(client)
+            return epoch
+
+    def start(self) -> None:
+        """Open and begin an epoch that waits for its clients, unless there is one."""
+        with self._lock:
+            waiting = [epoch for epoch in self._epochs if not epoch.clients]
+            epoch = waiting[0] if waiting else self._open()
+        epoch.begin()
+
+    def stop(self) -> None:
+        """Stop all epochs."""
+        with self._lock:
+            epochs, self._epochs = self._epochs, []
+        for epoch in epochs:
+            self._stop_epoch(epoch)
+
+    def released(self, epoch: "_Epoch") -> None:
+        """Stop ``epoch`` if all its clients are done with it."""
+        with self._lock:
+            if epoch.releases < self.options.num_clients or epoch not in self._epochs:
+                return
+            self._epochs.remove(epoch)
+        self._stop_epoch(epoch)
+
+    def _open(self) -> "_Epoch":
+        iterator = iter(self.loader)
+        one_shot = iterator is self.loader
+        if one_shot:  # a generator has one position: the newest iteration goes on from it
+            self.stop()
+        options = self.options
+        window = options.capacity + options.num_threads + options.num_clients
+        source = Source(iterator, window, self._pushed_back if one_shot else [])
+        self._pushed_back = []
+        epoch = _Epoch(self, Pipeline(source, self.stager, options, self.recorder), one_shot)
+        self._epochs.append(epoch)
+        return epoch
+
+    def _stop_epoch(self, epoch: "_Epoch") -> None:
+        epoch.pipeline.stop()
+        if epoch.one_shot:
+            self._pushed_back = epoch.pipeline.leftovers()
+
+
+class _Epoch:
+    """One pass over the user's loader, with the clients that share it."""
+
+    def __init__(self, shared: _Shared, pipeline: Pipeline, one_shot: bool) -> None:
+        self.pipeline = pipeline
+        self.one_shot = one_shot
+        self.clients: list[threading.Thread] = []
+        self.releases = 0
+        self._shared = shared
+        self._begin_lock = threading.Lock()
+        self._begun = False
+
+    def begin(self) -> None:
+        """Start the pipeline, once; the first client to come does it on its thread."""
+        if self._begun:
+            return
+        with self._begin_lock:
+            if not self._begun:
+                self.pipeline.start()
+                self._begun = True
+
+    def release(self) -> None:
+        """Note that one client is done."""
+        self.releases += 1
+        self._shared.released(self)
+
+
+@contextlib.contextmanager
+def make_prefetch_hook(*loaders: StagedDataLoader) -> Iterator[None]:
+    """Start the background work of staged loaders on entry and stop it on exit: a context for a training loop.
+
+    Args:
+        *loaders: which ones; none for all that exist.
+
+    Without it a loader starts at its first batch and stops at the end of each epoch by itself. The hook starts it
+    before the loop, so that the first step need not wait, and makes sure that nothing runs after it, however the loop
+    ends.
+    """
+    chosen = loaders or tuple(_live)
+    try:
+        for loader in chosen:
+            loader.start()
+        yield
+    finally:
+        for loader in chosen:
+            loader.close()
+
+
+def _check_loader(loader: Any) -> None:
+    if isinstance(loader, StagedDataLoader):
+        raise TypeError("loader is a StagedDataLoader already. Pass the loader that it was made from.")
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"loader must be an iterable of batches, such as a DataLoader, a list or a generator. "
+            f"Found: {type(loader).__name__}."
+        )
+
+
+def _check_graph(graph: torch.fx.GraphModule | None, model: torch.nn.Module) -> None:
+    if graph is None:
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in graph.named_parameters():
+        if id(parameter) not in own:
+            raise OptionError(
+                f"graph must be captured from the model itself. Its parameter {name!r} is not one of "
+                f"{type(model).__name__}'s. Capture it again, for example with torch.fx.symbolic_trace(model)."
+            )
+
+
+_live: "weakref.WeakSet[StagedDataLoader]" = weakref.WeakSet()
+_CLOSED = (
+    "this iteration was closed: by close(), by the end of a prefetch hook, or by a newer iteration over the same one-shot "
+    "loader. Iterate over the loader again; no batch is lost of a one-shot loader."
+)

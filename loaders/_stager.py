@@ -1,0 +1,189 @@
+"""The stager: which staging is in force, and what it does to each batch.
+
+It captures only on the training thread (before an epoch's first batch, or inside a forward that was refused); workers
+only run what is in force. What a forward refuses teaches it: the mode that the step really runs in, state that
+changes, a model that was edited.
+"""
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+
+from torchstage._mode import Ambient, Mode
+from torchstage._structure import flatten, is_tracked
+from torchstage._threads import StageThreadPool
+from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.loaders._staging import Staging, make_staging
+from torchstage.loaders._tickets import Ticket
+from torchstage.options import SmartStageOptions
+from torchstage.stats import Recorder
+from torchstage.transforms._binding import Binder
+from torchstage.transforms._capture import Capture, capture
+from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._plan import Plan
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Bound(NamedTuple):
+    """A batch with its ticket. ``leaves`` are the leaves of the call that the batch binds to."""
+
+    ticket: Ticket
+    leaves: list[Any]
+
+
+class Stager:
+    """Stages the batches of one loader for one model.
+
+    Args:
+        model: the user's own model.
+        options: the loader's options.
+        binder: maps a batch to the arguments of forward.
+        pool: where independent branches run, or None.
+        recorder: where figures and warnings go.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        options: SmartStageOptions,
+        binder: Binder,
+        pool: StageThreadPool | None,
+        recorder: Recorder,
+    ) -> None:
+        self.recorder = recorder
+        self._model = model
+        self._options = options
+        self._binder = binder
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._current: Staging | None = None
+        self._stagings: dict[Mode, Staging] = {}
+        self._captures: dict[Mode, Capture | str] = {}
+        self._ambients: dict[tuple[bool, ...], Ambient] = {}
+        self._changing: set[str] = set()
+        self._refusals: dict[object, int] = {}
+        self._recaptures = 0
+        self._graph_training = model.training
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force; None before the first batch."""
+        return None if self._current is None else self._current.plan
+
+    def prepare(self, batch: Any) -> None:
+        """Bring the right staging into force for an epoch that starts with ``batch``. Runs on the training thread.
+
+        Raises:
+            BindingError: the batch does not bind to forward.
+            MarkError: a manual mark cannot be honoured.
+        """
+        call = self._binder.bind(batch)
+        training = tuple([module.training for module in self._model.modules()])
+        mode = Mode(training, self._ambients.get(training) or Ambient.now())
+        with self._lock:
+            self._current = self._staging_for(mode, call)
+
+    def stage(self, batch: Any) -> Bound | None:
+        """Stage a handed-out batch: bind it, run the stage graph, and return its ticket. Runs on a worker.
+
+        Returns None where nothing is staged.
+        """
+        staging = self._current
+        if staging is None or staging.parts is None:
+            return None
+        leaves, spec = flatten(self._binder.bind(batch))
+        flaw = staging.parts.misfit(leaves, spec)
+        ticket = Ticket(self, staging, leaves, spec, flaw)
+        if flaw is None:
+            ticket.fill(staging.parts, leaves)
+        return Bound(ticket, leaves)
+
+    def refused(self, ticket: Ticket, reason: str, about: Any, call: Call) -> None:
+        """Count a refused ticket, warn the first time, and adapt if it is likely to happen again. Runs in a forward."""
+        with self._lock:
+            self.recorder.fallback(reason)
+            self.recorder.warn_once(f"fallback {reason}", FallbackWarning, self._explain(reason, about))
+            if ticket.staging is self._current:
+                self._adapt(ticket.staging, reason, about, call)
+        self.recorder.emit(stacklevel=6)
+
+    def _adapt(self, staging: Staging, reason: str, about: Any, call: Call) -> None:
+        if isinstance(about, Mode):
+            # Twice, since a single evaluation on a staged batch says nothing about the batches to come.
+            if self._count(about) >= 2:
+                self._refusals.pop(about)
+                self._ambients[about.training] = about.ambient
+                self._current = self._staging_for(about, call)
+        elif reason == "frozen state changed":
+            if self._count(about) >= 2:
+                self._changing.add(about)
+                self._stagings.clear()
+                self._current = self._replan(staging.mode, self._captures[staging.mode], call)
+        elif reason == "model changed" and self._recaptures < _MOST_RECAPTURES:
+            self._recaptures += 1
+            self._stagings.clear()
+            self._captures.clear()
+            self._current = self._staging_for(Mode.now(tuple(self._model.modules())), call)
+        elif reason == "model changed":
+            self._current = None
+            self.recorder.warn_once("gave up", FallbackWarning, _GAVE_UP.format(about))
+
+    def _count(self, what: object) -> int:
+        self._refusals[what] = self._refusals.get(what, 0) + 1
+        return self._refusals[what]
+
+    def _staging_for(self, mode: Mode, call: Call) -> Staging:
+        known = self._stagings.get(mode)
+        if known is not None and (known.parts is None or known.parts.guards.broken() is None):
+            return known
+        self._captures[mode] = self._capture(call)
+        return self._replan(mode, self._captures[mode], call)
+
+    def _replan(self, mode: Mode, captured: Capture | str, call: Call) -> Staging:
+        tracked = [is_tracked(leaf) for leaf in flatten(call)[0]]
+        staging = make_staging(
+            self._model,
+            mode,
+            captured,
+            smart=self._options.do_smart_stage,
+            changing=frozenset(self._changing),
+            watched=lambda position: tracked[position],
+            pool=self._pool,
+        )
+        self._stagings[mode] = staging
+        if staging.parts is None:
+            name, why = type(self._model).__name__, staging.plan.why_empty()
+            message = f"nothing of {name} can be staged: {why}. Batches are still prefetched."
+            self.recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
+        return staging
+
+    def _capture(self, call: Call) -> Capture | str:
+        source: Any = self._model
+        if self._options.graph is not None and self._model.training == self._graph_training:
+            source = self._options.graph
+        try:
+            return capture(source, *call)
+        except UntraceableError as error:
+            return str(error)
+
+    def _explain(self, reason: str, about: Any) -> str:
+        detail = f" ({about})" if isinstance(about, str) else ""
+        return (
+            f"{type(self._model).__name__} ran its original forward on a staged batch: {reason}{detail}. The numbers are the "
+            f"same, the overlap is lost. {_ADVICE.get(reason, _ADVICE_MODE if isinstance(about, Mode) else '')}"
+            "stats.fallbacks counts how often."
+        )
+
+
+_MOST_RECAPTURES = 8
+_GAVE_UP = "the model keeps changing ({}): staging is off from here on, batches are still prefetched."
+_ADVICE_MODE = "Staging follows the mode that the steps run in after two of them. "
+_ADVICE = {
+    "batch written": "Write to a copy of the batch, or after the forward. ",
+    "other arguments": "Pass inputs= to smart_stage if forward is called with something else than the batch's leading parts. ",
+    "frozen state changed": "State that changes again will be left to the step. ",
+    "model changed": "It is captured again, at most a few times. ",
+    "staged value written": "The forward was called again with a batch that it writes into. ",
+}

@@ -1,0 +1,140 @@
+"""Tickets: what ties a batch that the loader handed out to its staged values.
+
+A ticket is found by the identity of the handed-out objects and lives as long as they do, so a user may hold several
+batches, or use one twice. It is honoured only while everything its values were computed from is as it was.
+"""
+
+import collections
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchstage._mode import Mode
+from torchstage._structure import Snapshot, TreeSpec, is_text
+from torchstage.loaders._staging import Parts, Staging
+
+
+class Ticket:
+    """The staged values of one batch and the conditions of their use.
+
+    Args:
+        owner: the loader's stager, told when the ticket is refused.
+        staging: what the values were computed with.
+        leaves: the leaves of the call that the batch binds to, as handed out.
+        spec: the structure of that call.
+        flaw: why there are no values; None if `fill` will be called.
+    """
+
+    def __init__(self, owner: Any, staging: Staging, leaves: Sequence[Any], spec: TreeSpec, flaw: str | None) -> None:
+        self.owner = owner
+        self.staging = staging
+        self.flaw = flaw
+        self.spec = spec
+        # Weak where that is possible: the registry must not keep a batch alive that the user has dropped.
+        self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
+        self._weak = [_is_weak(leaf) for leaf in leaves]
+        self._snapshots: list[tuple[int, Snapshot]] = []
+        self._versions: list[tuple[str, torch.Tensor, int]] = []
+        self._values: list[Any] = []
+        self._value_versions: list[tuple[torch.Tensor, int]] = []
+
+    def fill(self, parts: Parts, leaves: Sequence[Any]) -> None:
+        """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one."""
+        self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.lifted.stage.inputs]
+        self._versions = [(name, tensor, tensor._version) for name, tensor in parts.reads]
+        self._values = parts.run_stage(leaves)
+        self._value_versions = [(v, v._version) for v in self._values if isinstance(v, torch.Tensor)]
+
+    def refuse(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[str, Any] | None:
+        """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""
+        if not self._is_mine(leaves) or spec != self.spec:
+            return "other arguments", None
+        mode = Mode.now(self.staging.modules)
+        difference = self.staging.mode.differs(mode)
+        if difference is not None:
+            return difference, mode
+        if self.flaw is not None:
+            return self.flaw, None
+        for position, snapshot in self._snapshots:
+            if not snapshot.holds(leaves[position]):
+                return "batch written", None
+        for name, tensor, version in self._versions:
+            if tensor._version != version or tensor.requires_grad:
+                return "frozen state changed", name
+        for value, version in self._value_versions:
+            if value._version != version:
+                return "staged value written", None
+        parts = self.staging.parts
+        broken = parts.guards.broken() if parts is not None else "nothing staged"
+        return None if broken is None else ("model changed", broken)
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the main graph of a call that was not refused."""
+        assert self.staging.parts is not None
+        return self.staging.parts.run_main(leaves, self._values)
+
+    def _is_mine(self, leaves: Sequence[Any]) -> bool:
+        if len(leaves) != len(self._leaves):
+            return False
+        for leaf, mine, weak in zip(leaves, self._leaves, self._weak, strict=True):
+            known = mine() if weak else mine
+            if known is not leaf and (identifies(leaf) or known != leaf):
+                return False
+        return True
+
+
+class Registry:
+    """The tickets of one model, by the identity of the objects that were handed out."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[int, Ticket] = {}
+        self._anchors: dict[int, weakref.ref[Any]] = {}
+        self._recent: collections.deque[int] = collections.deque()
+
+    def add(self, ticket: Ticket, leaves: Sequence[Any], batch_leaves: Sequence[Any], clients: int) -> None:
+        """Remember ``ticket`` until the handed-out objects are gone.
+
+        A batch without any object that can be watched, of lists of text alone, is remembered until ``2 * clients``
+        later ones have been added.
+        """
+        key_leaf = next((leaf for leaf in leaves if identifies(leaf)), None)
+        if key_leaf is None:
+            return
+        key = id(key_leaf)
+        self._tickets[key] = ticket
+        anchor = next(
+            (leaf for leaf in [key_leaf, *leaves, *batch_leaves] if identifies(leaf) and _is_weak(leaf)), None
+        )
+        if anchor is None:
+            self._recent.append(key)
+            while len(self._recent) > 2 * clients:
+                self._tickets.pop(self._recent.popleft(), None)
+        else:
+            tickets, anchors = self._tickets, self._anchors
+
+            def forget(_: Any) -> None:
+                tickets.pop(key, None)
+                anchors.pop(key, None)
+
+            anchors[key] = weakref.ref(anchor, forget)
+
+    def find(self, leaves: Sequence[Any]) -> Ticket | None:
+        """Return the ticket of a call with these leaves, or None if no staged loader handed them out."""
+        for leaf in leaves:
+            if identifies(leaf):
+                return self._tickets.get(id(leaf))
+        return None
+
+
+def identifies(leaf: object) -> bool:
+    """Whether a handed-out leaf is an object that nobody else holds (see `torchstage._structure.hand_out`)."""
+    if isinstance(leaf, torch.Tensor):
+        return not leaf.requires_grad
+    return isinstance(leaf, np.ndarray) or is_text(leaf)
+
+
+def _is_weak(leaf: object) -> bool:
+    return isinstance(leaf, (torch.Tensor, np.ndarray))

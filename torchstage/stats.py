@@ -1,0 +1,173 @@
+"""What a staged loader measured, as a frozen snapshot that says how to read it, and the recorder behind it."""
+
+import collections
+import dataclasses
+import threading
+import types
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """A distribution of times in seconds: over all of them the mean, over the last 1,000 the percentiles."""
+
+    count: int
+    mean: float
+    p90: float
+    p99: float
+
+    def __str__(self) -> str:
+        return f"mean {_ms(self.mean)}, p90 {_ms(self.p90)}, p99 {_ms(self.p99)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What a `StagedDataLoader` did since it was made. `print` it for the reading."""
+
+    name: str
+    """The stage's name."""
+
+    batches: int
+    """Batches handed to the training loop."""
+
+    staged_steps: int
+    """Forwards that used staged values. Should follow ``batches``; the rest is in ``fallbacks``."""
+
+    wait: Distribution
+    """How long the training loop waited for a batch. Near zero: staging keeps ahead and more threads gain nothing.
+    Near ``stage`` plus the loader's own time: the step is too short to hide them, or ``num_threads`` is too small."""
+
+    stage: Distribution
+    """How long the stage graph took for a batch, on its own thread. The plain forward spends this in the step."""
+
+    read: Distribution
+    """How long the user's loader took for a batch, on the stage's thread."""
+
+    occupancy: float
+    """Mean share of the buffer that was full when a batch was taken, 0 to 1. Near 1: staging keeps ahead. Near 0: every
+    batch is taken as soon as it is ready, so the loader or the stage is what limits the step."""
+
+    fallbacks: Mapping[str, int]
+    """Forwards that ran the original model, by reason. Same numbers, no overlap. "raw batch" counts, for the model,
+    calls with objects that no staged loader handed out, as an ordinary evaluation does."""
+
+    drops: Mapping[str, int]
+    """Batches dropped on purpose, by reason."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"stage {self.name}: {self.batches} batches, {self.staged_steps} staged steps",
+            f"  wait for a batch:  {self.wait}   (near zero: staging keeps ahead)",
+            f"  stage per batch:   {self.stage}   (runs beside the step)",
+            f"  loader per batch:  {self.read}   (runs beside the step)",
+            f"  buffer occupancy:  {self.occupancy:.2f}   (near 1: staging keeps ahead; near 0: it limits the step)",
+            f"  fallbacks:         {_counts(self.fallbacks)}",
+            f"  drops:             {_counts(self.drops)}",
+        ]
+        return "\n".join(lines)
+
+
+class Recorder:
+    """Collects the figures of one loader from all its threads. Holds nothing of the loader itself."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._wait = _Times()
+        self._stage = _Times()
+        self._read = _Times()
+        self._staged_steps = 0
+        self._occupancy = 0.0
+        self._fallbacks: collections.Counter[str] = collections.Counter()
+        self._drops: collections.Counter[str] = collections.Counter()
+        self._warned: set[str] = set()
+        self._pending: list[tuple[type[Warning], str]] = []
+
+    def took(self, wait: float, occupancy: float) -> None:
+        """Record that a batch was handed out after ``wait`` seconds from a buffer that was so full."""
+        with self._lock:
+            self._wait.add(wait)
+            self._occupancy += occupancy
+
+    def staged(self, read: float, stage: float | None) -> None:
+        """Record the seconds that reading a batch and running its stage took."""
+        with self._lock:
+            self._read.add(read)
+            if stage is not None:
+                self._stage.add(stage)
+
+    def step(self) -> None:
+        """Record a forward that used staged values."""
+        with self._lock:
+            self._staged_steps += 1
+
+    def fallback(self, reason: str) -> None:
+        """Record a forward that ran the original model."""
+        with self._lock:
+            self._fallbacks[reason] += 1
+
+    def drop(self, reason: str) -> None:
+        """Record a batch that was dropped on purpose."""
+        with self._lock:
+            self._drops[reason] += 1
+
+    def warn_once(self, key: str, category: type[Warning], message: str) -> None:
+        """Queue a warning for the training thread, the first time for each ``key``.
+
+        Warnings wait for `emit` because one raised on a background thread (``-W error``) would end that thread.
+        """
+        with self._lock:
+            if key not in self._warned:
+                self._warned.add(key)
+                self._pending.append((category, message))
+
+    def emit(self, stacklevel: int) -> None:
+        """Give the queued warnings; ``stacklevel`` as in `warnings.warn`, seen from the caller."""
+        while self._pending:
+            category, message = self._pending.pop(0)
+            warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+    def snapshot(self, raw: int) -> Stats:
+        """Return the figures so far, with ``raw`` calls of the model on objects of no staged loader."""
+        with self._lock:
+            fallbacks = dict(self._fallbacks) | ({"raw batch": raw} if raw else {})
+            return Stats(
+                name=self.name,
+                batches=self._wait.count,
+                staged_steps=self._staged_steps,
+                wait=self._wait.distribution(),
+                stage=self._stage.distribution(),
+                read=self._read.distribution(),
+                occupancy=self._occupancy / max(self._wait.count, 1),
+                fallbacks=types.MappingProxyType(fallbacks),
+                drops=types.MappingProxyType(dict(self._drops)),
+            )
+
+
+class _Times:
+    def __init__(self) -> None:
+        self.count = 0
+        self._total = 0.0
+        self._last: collections.deque[float] = collections.deque(maxlen=1000)
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self._total += seconds
+        self._last.append(seconds)
+
+    def distribution(self) -> Distribution:
+        if not self.count:
+            return Distribution(0, 0.0, 0.0, 0.0)
+        p90, p99 = (float(value) for value in np.percentile(list(self._last), [90, 99]))
+        return Distribution(self.count, self._total / self.count, p90, p99)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} x{count}" for reason, count in counts.items()) or "none"
