@@ -53,7 +53,7 @@ class Source:
         self._iterator = iterator
         self._probation = window + 1
         self._pushed_back = collections.deque(pushed_back)
-        self._recent: collections.deque[list[tuple[int, _Memory]]] = collections.deque(maxlen=window + 1)
+        self._recent: collections.deque[dict[int, _Memory]] = collections.deque(maxlen=window + 1)
         self._copying = False
 
     def peek(self) -> "Batch | BaseException":
@@ -89,35 +89,58 @@ class Source:
 
     def _read(self) -> Batch:
         leaves, spec = flatten(next(self._iterator))
-        memories = [memory for memory in map(_memory_of, leaves) if memory is not None]
-        seen = {address for memories in self._recent for address, owner in memories if owner.alive()}
-        self._copying = self._copying or any(address in seen for address, _ in memories)
-        self._recent.append(memories)
+        addresses = [_address(leaf) for leaf in leaves]
+        self._copying = self._copying or any(a is not None and self._is_reused(a) for a in addresses)
         copy = self._copying or self._probation > 0
         self._probation -= 1
         own = [hand_out(leaf, copy) for leaf in leaves]
+        if not self._copying:
+            watched = zip(addresses, leaves, own, strict=True)
+            self._recent.append(
+                {a: _Memory(leaf, None if copy else mine) for a, leaf, mine in watched if a is not None}
+            )
         versions = [(leaf, leaf._version) for leaf in own if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
         return Batch(unflatten(own, spec), own, versions)
 
+    def _is_reused(self, address: int) -> bool:
+        return any(address in memories and memories[address].alive() for memories in self._recent)
+
 
 class _Memory:
-    """A weak hold on the memory of a leaf, to tell reuse by the loader from reuse by the allocator."""
+    """A hold on the memory of a leaf, to tell its reuse by the loader from reuse by the allocator.
 
-    def __init__(self, leaf: Any) -> None:
-        self._storage = StorageWeakRef(leaf.untyped_storage()) if isinstance(leaf, torch.Tensor) else None
-        self._array = weakref.ref(_owner(leaf)) if self._storage is None else None
+    Memory of torch's or NumPy's own is watched weakly. That of somebody else (a bytearray, a map, another library's buffer)
+    cannot be: while its batches are copied the leaf itself is held, and later the view that was handed out is watched.
+    """
+
+    def __init__(self, leaf: Any, handed_out: Any) -> None:
+        self._storage: StorageWeakRef | None = None
+        self._object: weakref.ref[Any] | None = None
+        self._held: Any = None
+        if isinstance(leaf, torch.Tensor) and _is_torchs(leaf.untyped_storage()):
+            self._storage = StorageWeakRef(leaf.untyped_storage())
+        elif isinstance(leaf, np.ndarray) and _owner(leaf).flags.owndata:
+            self._object = weakref.ref(_owner(leaf))
+        elif handed_out is not None:
+            self._object = weakref.ref(handed_out)
+        else:
+            self._held = leaf
 
     def alive(self) -> bool:
         if self._storage is not None:
             return not self._storage.expired()
-        return self._array is not None and self._array() is not None
+        return self._held is not None or (self._object is not None and self._object() is not None)
 
 
-def _memory_of(leaf: Any) -> tuple[int, _Memory] | None:
+def _is_torchs(storage: torch.UntypedStorage) -> bool:
+    return storage.resizable() or storage.is_shared()
+
+
+def _address(leaf: Any) -> int | None:
     if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.device.type != "meta" and leaf.numel():
-        return leaf.data_ptr(), _Memory(leaf)
+        return leaf.data_ptr()
     if isinstance(leaf, np.ndarray) and leaf.size:
-        return leaf.__array_interface__["data"][0], _Memory(leaf)
+        return int(leaf.__array_interface__["data"][0])
     return None
 
 

@@ -1,7 +1,7 @@
 """The one place that knows what a batch is made of: containers and leaves.
 
-Containers are what pytree knows: dicts, lists, tuples, named tuples and registered types. A list or tuple of text (also
-nested, as ragged columns are) is one leaf, since the number of its rows is data and not structure.
+Containers are what pytree knows: dicts, lists, tuples, named tuples and registered types. A list or tuple of text is one
+leaf, a column, since the number of its rows is data and not structure; a list of columns is a container again.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,13 @@ TreeSpec = pytree.TreeSpec
 
 
 def is_text(value: object) -> bool:
-    """Whether ``value`` is a column of text: a list or tuple that holds only str, bytes and columns of text.
+    """Whether ``value`` is a column of text: a list or tuple of nothing but str and bytes.
 
-    An empty list counts as one: an epoch's last column may be empty.
+    An empty list counts as one, since a column may be empty; an empty tuple does not, since a call may have no arguments.
     """
-    if type(value) is not list and type(value) is not tuple:
-        return False
-    items: Any = value
-    if type(value) is tuple and not items:
-        return False  # an empty tuple is structure, for example the args of a call without any
-    return all(type(item) is str or type(item) is bytes or is_text(item) for item in items)
+    if type(value) is list:
+        return all(type(item) is str or type(item) is bytes for item in value)
+    return type(value) is tuple and value != () and all(type(item) is str or type(item) is bytes for item in value)
 
 
 def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
@@ -64,15 +61,35 @@ def hand_out(leaf: Any, copy: bool) -> Any:
     if isinstance(leaf, torch.Tensor):
         if leaf.requires_grad:
             return leaf
-        return leaf.clone() if copy else leaf.detach()
+        return _copy_tensor(leaf) if copy else leaf.detach()
     if isinstance(leaf, np.ndarray):
-        return leaf.copy() if copy else leaf.view()
+        return _copy_array(leaf) if copy else leaf.view()
     return _copy_text(leaf) if is_text(leaf) else leaf
 
 
+def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy with the same strides: the order in which a sum adds, and so its last bit, follows the layout in memory."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous() or not tensor.numel():
+        return tensor.clone()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.detach().as_strided((extent,), (1,))
+    return flat.clone().as_strided(tensor.shape, tensor.stride())
+
+
+def _copy_array(array: "np.ndarray[Any, Any]") -> Any:
+    """Copy with the same strides and the same subclass."""
+    if array.flags.c_contiguous or array.dtype.hasobject or array.dtype.kind == "T" or not array.size:
+        return array.copy(order="K")
+    spans = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    low, high = sum(span for span in spans if span < 0), sum(span for span in spans if span > 0)
+    memory = np.empty(high - low + array.itemsize, np.uint8)
+    copy: Any = np.ndarray(array.shape, array.dtype, memory, -low, array.strides)
+    copy[...] = array
+    return copy.view(type(array))
+
+
 def _copy_text(value: Any) -> Any:
-    # type(value)() keeps a tuple a tuple; a tuple of str may be returned unchanged by tuple(), hence the list first
-    return type(value)([_copy_text(item) if is_text(item) else item for item in value])
+    return type(value)(list(value))  # tuple() of a tuple would be the same object
 
 
 class Snapshot(NamedTuple):
@@ -99,11 +116,13 @@ class Snapshot(NamedTuple):
             return bool(leaf._version == self.version)
         if isinstance(leaf, np.ndarray):
             return leaf.shape == self.content.shape and _same_bytes(leaf, self.content)
-        return bool(leaf == self.content)
+        return leaf is self.content or bool(leaf == self.content)  # NaN is not equal to itself, but it is itself
 
 
 def _same_bytes(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    if a.dtype.hasobject or a.dtype.kind == "T":
+    if a.dtype.hasobject:
+        return all(x is y for x, y in zip(a.flat, b.flat, strict=True))
+    if a.dtype.kind == "T":
         return bool(np.all(a == b))
     return a.tobytes() == b.tobytes()  # as bytes: NaN is equal to itself here
 

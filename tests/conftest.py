@@ -1,0 +1,58 @@
+"""Every test: one intra-op thread, no stage pool left open, and no thread left that it started."""
+
+import gc
+import importlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import torchstage
+
+PATIENCE_SECONDS = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_defaults() -> Iterator[None]:
+    """One intra-op thread unless a test says otherwise, and no progress-bar thread that outlives its bar."""
+    importlib.import_module("tqdm").tqdm.monitor_interval = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what the imports made lives on: looking through it again after each test would take most of the time
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread, with the place where it hangs; put back the number of intra-op threads."""
+    threads_before = set(threading.enumerate())
+    count_before = torch.get_num_threads()
+    yield
+    torchstage.close_stage_thread_pools()
+    torch.set_num_threads(count_before)  # also what threads made from here on start with
+    gc.collect()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    started = [thread for thread in threading.enumerate() if thread not in threads_before and not _is_foreign(thread)]
+    for thread in started:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    left = [thread for thread in started if thread.is_alive()]
+    if left:
+        pytest.fail("threads are left after the test:\n" + "\n".join(map(_where, left)), pytrace=False)
+
+
+def _is_foreign(thread: threading.Thread) -> bool:
+    """Whether Python did not start the thread: it stands for one of torch's own, which stay for the process's life."""
+    return isinstance(thread, threading._DummyThread)
+
+
+def _where(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or -1)
+    stack = "".join(traceback.format_stack(frame)) if frame is not None else "  it has ended meanwhile\n"
+    return f"{thread.name!r} hangs here:\n{stack}"
