@@ -74,17 +74,12 @@ class Binder:
         return tuple(result[0]), dict(result[1])
 
     def _guess(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        parameters = self._signature.parameters
         if isinstance(batch, Mapping):
-            if not any(key in parameters for key in batch) and len(self._required()) == 1:
-                return (batch,), {}  # forward takes the mapping itself
-            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                return (), dict(batch)
-            return (), {key: value for key, value in batch.items() if key in parameters}
+            return self._by_name(batch)
         if not isinstance(batch, (tuple, list)) or is_text(batch):
             return (batch,), {}
         required = len(self._required())
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        if any(p.kind is p.VAR_POSITIONAL for p in self._signature.parameters.values()):
             return tuple(batch), {}
         first = batch[0] if batch else None
         if required > 1 and isinstance(first, (tuple, list)) and not is_text(first) and not hasattr(first, "_fields"):
@@ -92,6 +87,17 @@ class Binder:
         if len(batch) < required:
             raise self._error(f"forward requires {required} positional arguments, the batch has {len(batch)}", batch)
         return tuple(batch[: max(required, 1)]), {}
+
+    def _by_name(self, batch: Mapping[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        parameters = self._signature.parameters.values()
+        named = [p for p in parameters if p.name in batch and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not named and len(self._required()) == 1:
+            return (batch,), {}  # forward takes the mapping itself
+        args = tuple(batch[p.name] for p in named if p.kind is p.POSITIONAL_ONLY)
+        kwargs = {p.name: batch[p.name] for p in named if p.kind is not p.POSITIONAL_ONLY}
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            kwargs |= {key: value for key, value in batch.items() if key not in {p.name for p in named}}
+        return args, kwargs
 
     def _required(self) -> list[inspect.Parameter]:
         return [p for p in self._signature.parameters.values() if p.kind in _POSITIONAL and p.default is p.empty]
@@ -106,18 +112,29 @@ class Binder:
         )
 
     def _suggestion(self, batch: Any) -> str:
-        names = [p.name for p in self._required()] or list(self._signature.parameters)[:1]
-        if isinstance(batch, Mapping):
-            keys = list(batch)
-            key_of = {
-                name: name if name in batch else keys[min(i, len(keys) - 1)] for i, name in enumerate(names) if keys
-            }
-            pairs = [f"{name!r}: batch[{key!r}]" for name, key in key_of.items()]
-            return f"inputs=lambda batch: ((), {{{', '.join(pairs)}}})"
-        if isinstance(batch, (tuple, list)) and not is_text(batch) and batch:
-            items = "".join(f"batch[{min(i, len(batch) - 1)}], " for i in range(len(names)))
-            return f"inputs=lambda batch: (({items.rstrip()}), {{}})"
-        return "inputs=lambda batch: ((batch,), {})"
+        """Return an ``inputs=`` that fits forward's signature; which part goes where is for the user to correct."""
+        needed = [
+            p
+            for p in self._signature.parameters.values()
+            if p.default is p.empty and p.kind in (*_POSITIONAL, p.KEYWORD_ONLY)
+        ]
+        by_name = (inspect.Parameter.POSITIONAL_ONLY,) if isinstance(batch, Mapping) else _POSITIONAL
+        positional = [p.name for p in needed if p.kind in by_name]
+        keywords = [p.name for p in needed if p.kind not in by_name]
+        part = {p.name: _part_of(batch, p.name, i) for i, p in enumerate(needed)}
+        args = ", ".join(part[name] for name in positional) + ("," if len(positional) == 1 else "")
+        kwargs = ", ".join(f"{name!r}: {part[name]}" for name in keywords)
+        return f"inputs=lambda batch: (({args}), {{{kwargs}}})"
+
+
+def _part_of(batch: Any, name: str, position: int) -> str:
+    """Return an expression for the part of ``batch`` that likely is the parameter ``name``."""
+    if isinstance(batch, Mapping) and batch:
+        keys = list(batch)
+        return f"batch[{(name if name in batch else keys[min(position, len(keys) - 1)])!r}]"
+    if isinstance(batch, (tuple, list)) and batch and not is_text(batch):
+        return f"batch[{min(position, len(batch) - 1)}]"
+    return "batch"
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
