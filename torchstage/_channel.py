@@ -68,10 +68,11 @@ class Channel(Generic[T]):
             return True
 
     def fail(self, index: int, error: BaseException) -> None:
-        """Put ``error`` at ``index``, to be raised by its taker. Never waits."""
+        """Put ``error`` at ``index``, to be raised by its taker. Never waits; beyond the end it is discarded."""
         with self._room:
-            self._items[index] = _Failure(error)
-            self._ready.notify_all()
+            if self._end is None or index < self._end:
+                self._items[index] = _Failure(error)
+                self._ready.notify_all()
 
     def skip(self, index: int) -> None:
         """Declare that ``index`` will not come. Never waits."""
@@ -92,7 +93,6 @@ class Channel(Generic[T]):
                     raise ChannelCancelled("the channel was cancelled")
                 if self._end is not None and self._next >= self._end:
                     raise ChannelClosed("the channel is closed and empty")
-                # In slices: a wait without a timeout cannot be interrupted by Ctrl-C on every platform.
                 self._ready.wait(_SLICE_SECONDS)
             if self._cancelled:
                 raise ChannelCancelled("the channel was cancelled")
@@ -111,8 +111,8 @@ class Channel(Generic[T]):
                 while end in self._items or end in self._skipped:
                     end += 1
             self._end = end if self._end is None else min(self._end, end)
-            for index in [i for i in self._items if i >= self._end]:
-                del self._items[index]
+            for index in [i for i in list(self._items) if i >= self._end]:
+                self._items.pop(index, None)
             self._room.notify_all()
             self._ready.notify_all()
 
@@ -131,8 +131,8 @@ class Channel(Generic[T]):
     def drain(self) -> list[tuple[int, T | BaseException]]:
         """Remove and return the waiting items and errors in order."""
         with self._room:
-            waiting = sorted(self._items.items(), key=lambda pair: pair[0])
-            self._items.clear()
+            items, self._items = self._items, {}
+            waiting = sorted(items.items(), key=lambda pair: pair[0])
             return [(index, item.error if isinstance(item, _Failure) else item) for index, item in waiting]
 
     @property
@@ -152,10 +152,10 @@ class Channel(Generic[T]):
                 raise ChannelClosed(f"the channel is closed at index {self._end}. Found: index {index}.")
             if index < self._next + self._capacity:
                 return True
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = _SLICE_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
                 return False
-            self._room.wait(left)
+            self._room.wait(min(left, _SLICE_SECONDS))
 
     def _advance(self) -> None:
         """Pass over skipped indices and wake whom the new head concerns."""
@@ -170,4 +170,6 @@ class Channel(Generic[T]):
             self._ready.notify()
 
 
-_SLICE_SECONDS = 5.0
+# Waits go in slices: one without a timeout cannot be interrupted by Ctrl-C on every platform, and a finalizer that cancels
+# between a check and its wait (clause 8) has nobody to notify yet.
+_SLICE_SECONDS = 0.5
