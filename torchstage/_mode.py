@@ -20,15 +20,15 @@ class Ambient:
     threads: int
 
     @classmethod
-    def now(cls) -> "Ambient":
-        """Return the calling thread's settings."""
+    def now(cls, device: torch.device | None = None) -> "Ambient":
+        """Return the calling thread's settings; with ``device`` that one instead of asking for the default device."""
         return cls(
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
             autocast=tuple(_autocast(device) for device in _AUTOCAST_DEVICES),
             autocast_cache=torch.is_autocast_cache_enabled(),
             dtype=torch.get_default_dtype(),
-            device=torch.get_default_device(),
+            device=torch.get_default_device() if device is None else device,
             threads=torch.get_num_threads(),
         )
 

@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import operator
 import random
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -167,7 +168,10 @@ class _Tracer(TracerBase):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if kind not in ("placeholder", "output", "get_attr"):
-            changed = dataclasses.replace(Ambient.now(), grad=self._ambient.grad).differs(self._ambient)
+            # Not the default device: asking for it is a torch call, and a `with torch.device(...)` region is a mode of
+            # its own, which puts the device into the calls that are recorded.
+            now = Ambient.now(self._ambient.device)
+            changed = dataclasses.replace(now, grad=self._ambient.grad).differs(self._ambient)
             if changed is not None:
                 raise UntraceableError(f"forward changes the {changed}")
         node = super().create_node(kind, *args, **kwargs)
@@ -298,12 +302,11 @@ def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _user_line() -> str:
-    """Return ``file:line`` of the innermost frame outside torch and torchstage."""
+    """Return ``file:line`` of the innermost frame of the user's code."""
     frame = inspect.currentframe()
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "torchstage.")) and module != "torch":
-            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        if _is_users(frame):
+            return _line(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return ""
 
@@ -320,13 +323,30 @@ def _raised_at(error: BaseException) -> str:
     found = ""
     trace = error.__traceback__
     while trace is not None:
-        module = trace.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "torchstage.")) and module != "torch":
-            found = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
+        if _is_users(trace.tb_frame):
+            found = _line(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return found
 
 
+def _is_users(frame: types.FrameType) -> bool:
+    module = f"{frame.f_globals.get('__name__', '')}."
+    return not module.startswith(_NOT_USERS)
+
+
+def _line(filename: str, line: int) -> str:
+    return f"{filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}"
+
+
+_NOT_USERS = (
+    "torch.",
+    "torchstage.transforms.",
+    "torchstage.loaders.",
+    "torchstage.ops.",
+    "torchstage._ops.",
+    "torchstage.markers.",
+    "torchstage._structure.",
+)
 # Calls that make a tensor from no tensor. `torch.overrides` has no list of them; a missing one is found by `_call`.
 _FACTORIES = frozenset(
     "arange as_tensor bartlett_window blackman_window complex empty empty_strided eye full hamming_window hann_window "

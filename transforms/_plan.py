@@ -373,7 +373,10 @@ def _keep_what_costs_nothing(
 
 
 def _node_plan(node: torch.fx.Node, verdict: _Verdict, reason: Reason) -> NodePlan:
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    marks = {markers.boundary: "staged", markers.target: "mark_target_node"}
+    target = (
+        node.target if isinstance(node.target, str) else marks.get(node.target, getattr(node.target, "__name__", ""))
+    )
     return NodePlan(
         name=node.name,
         target=target,
@@ -387,16 +390,17 @@ def _node_plan(node: torch.fx.Node, verdict: _Verdict, reason: Reason) -> NodePl
 
 
 def _grouped(nodes: tuple[NodePlan, ...]) -> list[str]:
-    """One line for each run of nodes with the same reason: the operations, then why."""
-    groups: dict[tuple[Reason, str, str | None], list[NodePlan]] = {}
+    """One line for each reason: where the first operation is, the operations, and what the reason is about."""
+    groups: dict[Reason, list[NodePlan]] = {}
     for node in nodes:
-        # what merely depends on the step needs no list of the hundred causes
-        key = (node.reason, "", None) if node.reason is Reason.DEPENDS else (node.reason, node.detail, node.cause)
-        groups.setdefault(key, []).append(node)
+        groups.setdefault(node.reason, []).append(node)
     lines = []
-    for (reason, _, _), members in groups.items():
-        why = reason.value if reason is Reason.DEPENDS else members[0].why()
-        lines.append(f"    {_counted([node.target for node in members])}{_at(members[0].source)}: {why}")
+    for reason, members in groups.items():
+        details = _counted([node.detail for node in members if node.detail])
+        lines += [
+            f"    {reason.value}{f': {details}' if details else ''}",
+            f"      {_counted([n.target for n in members])}",
+        ]
     return lines
 
 
