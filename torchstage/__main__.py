@@ -1,0 +1,26 @@
+"""``python -m torchstage demo``: see what staging does on real rows."""
+
+import argparse
+
+from torchstage._demo import run_demo
+
+
+def main() -> None:
+    """Parse the command line and run the command."""
+    parser = argparse.ArgumentParser(prog="python -m torchstage", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="train a click model on UCI Adult, plain and staged",
+        description="Train plain and staged; compare.",
+    )
+    demo.add_argument("--epochs", type=int, default=3, help="epochs of each (default: %(default)s)")
+    demo.add_argument("--batch-size", type=int, default=512, help="rows in a step (default: %(default)s)")
+    demo.add_argument("--threads", type=int, default=1, help="num_threads of the stage (default: %(default)s)")
+    demo.add_argument("--capacity", type=int, default=4, help="capacity of the buffer (default: %(default)s)")
+    args = parser.parse_args()
+    print(run_demo(args.epochs, args.batch_size, args.threads, args.capacity))
+
+
+if __name__ == "__main__":
+    main()
