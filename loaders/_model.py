@@ -6,17 +6,20 @@ user's model is not
 touched: calling it directly runs the plain forward, and dropping the staged one needs no undoing.
 """
 
+import collections
 import copy
 import functools
 import inspect
 import types
 import warnings
+import weakref
 from typing import Any
 
 import torch
 
 from torchstage._structure import flatten, unflatten
 from torchstage.errors import BindingError, FallbackWarning
+from torchstage.loaders._stager import Stager
 from torchstage.loaders._tickets import Registry
 from torchstage.transforms._binding import Binder
 
@@ -45,7 +48,8 @@ class Core:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.registry = Registry()
-        self.raw = 0
+        self.unstaged: collections.Counter[str] = collections.Counter()
+        self.stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
         self._binder = Binder(model, None)
         self._warned = False
 
@@ -59,7 +63,7 @@ class Core:
                 return self.model.forward(*args, **kwargs)  # raises the error that Python has for such a call
         ticket = self.registry.find(leaves)
         if ticket is None:
-            self._note_raw()
+            self._note_unstaged()
             return self.model.forward(*args, **kwargs)
         refused = ticket.refuse(leaves, spec)
         if refused is not None:
@@ -68,17 +72,20 @@ class Core:
         ticket.owner.recorder.step()
         return ticket.run(leaves)
 
-    def _note_raw(self) -> None:
-        self.raw += 1
+    def _note_unstaged(self) -> None:
+        if not any(stager.active for stager in self.stagers):
+            self.unstaged["nothing staged"] += 1  # the empty stage has had its own warning
+            return
+        self.unstaged["raw batch"] += 1
         # An evaluation on raw batches is ordinary; a training step on them is likely a batch that was moved or rebuilt.
         if not self._warned and self.model.training and torch.is_grad_enabled():
             self._warned = True
             warnings.warn(
-                f"{type(self.model).__name__} was called in training with objects that no staged loader handed out, so the "
-                "original forward ran. Pass the loader's own tensors (not .to() copies or slices of them); stats.fallbacks "
-                'counts such calls as "raw batch".',
+                f"{type(self.model).__name__} was called in training with objects that no staged loader handed out, so "
+                "the original forward ran. Pass the loader's own tensors (not .to() copies or slices of them); "
+                'stats.fallbacks counts such calls as "raw batch".',
                 FallbackWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

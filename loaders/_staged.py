@@ -66,6 +66,7 @@ class StagedDataLoader:
             _check_graph(self._options.graph, plain)
             self._model = stage_model(model)
             stager = Stager(plain, self._options, Binder(plain, inputs), pool, recorder)
+            core_of(self._model).stagers.add(stager)
         self._shared = _Shared(loader, self._options, recorder, stager)
         weakref.finalize(self, self._shared.stop)
         _live.add(self)
@@ -83,14 +84,14 @@ class StagedDataLoader:
     @property
     def stats(self) -> Stats:
         """A snapshot of what was measured so far; ``print(loader.stats)`` says how to read it."""
-        return self._shared.recorder.snapshot(core_of(self._model).raw if self._model is not None else 0)
+        return self._shared.recorder.snapshot(core_of(self._model).unstaged if self._model is not None else {})
 
     @property
     def plan(self) -> Plan | None:
         """The plan in force, what is lifted and why; None before the first batch was read or without a model."""
         return self._shared.stager.plan if self._shared.stager is not None else None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> "StagedIterator":
         return StagedIterator(self, self._shared.join())
 
     def __len__(self) -> int:

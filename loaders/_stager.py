@@ -72,6 +72,11 @@ class Stager:
         """The plan in force; None before the first batch."""
         return None if self._current is None else self._current.plan
 
+    @property
+    def active(self) -> bool:
+        """Whether batches are staged now."""
+        return self._current is not None and self._current.parts is not None
+
     def prepare(self, batch: Any) -> None:
         """Bring the right staging into force for an epoch that starts with ``batch``. Runs on the training thread.
 
@@ -80,6 +85,8 @@ class Stager:
             MarkError: a manual mark cannot be honoured.
         """
         call = self._binder.bind(batch)
+        if self._recaptures > _MOST_RECAPTURES:
+            return
         training = tuple([module.training for module in self._model.modules()])
         mode = Mode(training, self._ambients.get(training) or Ambient.now())
         with self._lock:
@@ -127,6 +134,7 @@ class Stager:
             self._captures.clear()
             self._current = self._staging_for(Mode.now(tuple(self._model.modules())), call)
         elif reason == "model changed":
+            self._recaptures += 1
             self._current = None
             self.recorder.warn_once("gave up", FallbackWarning, _GAVE_UP.format(about))
 

@@ -10,7 +10,7 @@ import torch.fx
 
 from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, is_tracked, unflatten
-from torchstage._threads import StageThreadPool
+from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._guards import Guards
@@ -85,6 +85,7 @@ class Parts:
             Exception: whatever an operation raises, with a note that names its node.
         """
         inputs = [leaves[position] for position in self.lifted.stage.inputs]
+        set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
             if self._pool is not None and len(self._tasks) > 1:
                 return self._run_tasks(self._pool.executor, leaves)

@@ -1,29 +1,38 @@
 """Thread pools of the stage, and the number of intra-op threads of a single thread."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from torchstage.errors import OptionError
 
+T = TypeVar("T")
 _lock = threading.Lock()
 
 
 def set_intra_op_threads(count: int) -> None:
     """Set the calling thread's intra-op threads, and no other's.
 
-    `torch.set_num_threads` also becomes the default of threads created later in the process. So a short-lived thread
-    puts the default back to what it was.
+    `torch.set_num_threads` also becomes the default of threads created later in the process. A new thread has that default
+    and can put it back.
     """
-    before = torch.get_num_threads()
-    if before == count:
+    if torch.get_num_threads() == count:
         return
     with _lock:
+        default = _in_new_thread(torch.get_num_threads)
         torch.set_num_threads(count)
-        restorer = threading.Thread(target=torch.set_num_threads, args=(before,), name="torchstage-restore-threads")
-        restorer.start()
-        restorer.join()
+        _in_new_thread(lambda: torch.set_num_threads(default))
+
+
+def _in_new_thread(function: Callable[[], T]) -> T:
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(function()), name="torchstage-intra-op")
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 class StageThreadPool:

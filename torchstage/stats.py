@@ -52,7 +52,8 @@ class Stats:
 
     fallbacks: Mapping[str, int]
     """Forwards that ran the original model, by reason. Same numbers, no overlap. "raw batch" counts, for the model,
-    calls with objects that no staged loader handed out, as an ordinary evaluation does."""
+    calls with objects that no staged loader handed out, as an ordinary evaluation does; "nothing staged" the calls
+    while there was nothing to stage."""
 
     drops: Mapping[str, int]
     """Batches dropped on purpose, by reason."""
@@ -126,14 +127,17 @@ class Recorder:
 
     def emit(self, stacklevel: int) -> None:
         """Give the queued warnings; ``stacklevel`` as in `warnings.warn`, seen from the caller."""
-        while self._pending:
-            category, message = self._pending.pop(0)
+        while self._pending:  # also without the lock: this runs before every batch and every step
+            with self._lock:
+                if not self._pending:
+                    return
+                category, message = self._pending.pop(0)
             warnings.warn(message, category, stacklevel=stacklevel + 1)
 
-    def snapshot(self, raw: int) -> Stats:
-        """Return the figures so far, with ``raw`` calls of the model on objects of no staged loader."""
+    def snapshot(self, unstaged: Mapping[str, int]) -> Stats:
+        """Return the figures so far, with the model's calls on objects of no staged loader, by reason."""
         with self._lock:
-            fallbacks = dict(self._fallbacks) | ({"raw batch": raw} if raw else {})
+            fallbacks = {**self._fallbacks, **unstaged}
             return Stats(
                 name=self.name,
                 batches=self._wait.count,
