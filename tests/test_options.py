@@ -1,0 +1,177 @@
+"""SmartStageOptions: names, defaults, and what each value must be."""
+
+import ast
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from torchstage import SmartStageOptions, options
+from torchstage.errors import OptionError
+
+NAMES_AND_DEFAULTS = {
+    "capacity": 1,
+    "num_threads": 1,
+    "num_clients": 1,
+    "timeout_millis": 300_000,
+    "closed_exception_types": (StopIteration,),
+    "ignored_exception_types": (),
+    "use_stage_subgraph_thread_pool": False,
+    "stage_subgraph_thread_pool_id": 0,
+    "stage_subgraph_stream_id": 0,
+    "graph": None,
+    "name": None,
+    "do_smart_stage": True,
+    "stage_subgraph_on_cpu": None,
+    "on_timeout": "drop",
+}
+
+AT_LEAST_1 = "must be a whole number >= 1"
+AT_LEAST_0 = "must be a whole number >= 0"
+FLAG = "must be True or False"
+CLASSES = "must be a tuple of exception classes, for example (ValueError,)"
+
+
+def test_names_order_and_defaults_are_the_documented_ones() -> None:
+    made = SmartStageOptions()
+    found = [(field.name, getattr(made, field.name)) for field in dataclasses.fields(made)]
+    assert found == list(NAMES_AND_DEFAULTS.items())
+    assert [type(value) for _, value in found] == [type(value) for value in NAMES_AND_DEFAULTS.values()]
+
+
+def test_options_cannot_be_changed_after_they_are_made() -> None:
+    made = SmartStageOptions()
+    for name, value in NAMES_AND_DEFAULTS.items():
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "value"),
+    [
+        *[(name, AT_LEAST_1, 0) for name in ("capacity", "num_threads", "num_clients", "timeout_millis")],
+        *[(name, AT_LEAST_1, True) for name in ("capacity", "num_threads", "num_clients", "timeout_millis")],
+        ("capacity", AT_LEAST_1, -3),
+        ("capacity", AT_LEAST_1, 1.0),
+        ("num_threads", AT_LEAST_1, "2"),
+        ("num_clients", AT_LEAST_1, None),
+        ("timeout_millis", AT_LEAST_1, float("inf")),
+        ("stage_subgraph_thread_pool_id", AT_LEAST_0, -1),
+        ("stage_subgraph_thread_pool_id", AT_LEAST_0, False),
+        ("stage_subgraph_stream_id", AT_LEAST_0, -1),
+        ("stage_subgraph_stream_id", AT_LEAST_0, 0.5),
+        ("use_stage_subgraph_thread_pool", FLAG, 1),
+        ("use_stage_subgraph_thread_pool", FLAG, None),
+        ("do_smart_stage", FLAG, "yes"),
+        ("do_smart_stage", FLAG, 0),
+        ("stage_subgraph_on_cpu", "must be True, False or None", 1),
+        ("stage_subgraph_on_cpu", "must be True, False or None", "cpu"),
+        ("name", "must be None or a non-empty string", ""),
+        ("name", "must be None or a non-empty string", 3),
+        ("on_timeout", "must be one of ('drop', 'raise', 'wait')", "skip"),
+        ("on_timeout", "must be one of ('drop', 'raise', 'wait')", None),
+        ("on_timeout", "must be one of ('drop', 'raise', 'wait')", ["drop"]),
+        ("graph", "must be None or a torch.fx.GraphModule captured from the model", "graph"),
+        ("graph", "must be None or a torch.fx.GraphModule captured from the model", torch.nn.Linear(1, 1)),
+        ("closed_exception_types", CLASSES, ValueError),
+        ("closed_exception_types", CLASSES, [ValueError]),
+        ("closed_exception_types", CLASSES, (ValueError("an instance"),)),
+        ("ignored_exception_types", CLASSES, (int,)),
+        ("ignored_exception_types", CLASSES, ("ValueError",)),
+        ("ignored_exception_types", CLASSES, None),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_name_the_rule_and_the_value(name: str, rule: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        SmartStageOptions(**{name: value})
+    assert str(caught.value) == f"{name} {rule}. Found: {value!r}."
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("capacity", 1),
+        ("timeout_millis", 1),
+        ("stage_subgraph_thread_pool_id", 0),
+        ("stage_subgraph_stream_id", 0),
+        ("stage_subgraph_on_cpu", True),
+        ("stage_subgraph_on_cpu", False),
+        ("name", "tower"),
+        ("on_timeout", "raise"),
+        ("on_timeout", "wait"),
+        ("closed_exception_types", ()),
+        ("ignored_exception_types", (ValueError, KeyboardInterrupt)),
+        ("graph", torch.fx.symbolic_trace(torch.nn.ReLU())),
+    ],
+)
+def test_a_value_at_the_edge_of_what_is_allowed_is_kept(name: str, value: Any) -> None:
+    assert getattr(SmartStageOptions(**{name: value}), name) is value
+
+
+def test_an_option_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="capacity"):
+        SmartStageOptions(capacity=0)
+
+
+def test_an_exception_that_both_ends_the_epoch_and_skips_its_batch_is_refused() -> None:
+    with pytest.raises(OptionError) as caught:
+        SmartStageOptions(
+            closed_exception_types=(ValueError, KeyError, OSError),
+            ignored_exception_types=(OSError, RuntimeError, KeyError),
+        )
+    assert str(caught.value) == (
+        "closed_exception_types and ignored_exception_types both hold KeyError, OSError: an exception can end "
+        "the epoch or skip its batch, not both. Remove it from one of them."
+    )
+
+
+def test_ignoring_the_exception_that_ends_an_epoch_by_default_is_refused() -> None:
+    with pytest.raises(OptionError, match="both hold StopIteration"):
+        SmartStageOptions(ignored_exception_types=(StopIteration,))
+
+
+def test_of_none_gives_the_defaults() -> None:
+    assert SmartStageOptions.of(None, {}) == SmartStageOptions()
+
+
+def test_of_replaces_single_options_and_leaves_the_given_ones_alone() -> None:
+    given = SmartStageOptions(capacity=3, name="given")
+    made = SmartStageOptions.of(given, {"num_threads": 2, "capacity": 4})
+    assert made == SmartStageOptions(capacity=4, num_threads=2, name="given")
+    assert given == SmartStageOptions(capacity=3, name="given")
+
+
+def test_of_validates_what_it_replaces() -> None:
+    with pytest.raises(OptionError, match=r"^num_threads must be a whole number >= 1\. Found: 0\.$"):
+        SmartStageOptions.of(SmartStageOptions(), {"num_threads": 0})
+
+
+def test_of_refuses_options_of_another_type() -> None:
+    with pytest.raises(OptionError) as caught:
+        SmartStageOptions.of({"capacity": 2}, {})  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "options must be a SmartStageOptions or None. Found: dict. "
+        "Single options can be given by keyword, for example num_threads=2."
+    )
+
+
+def test_of_refuses_an_unknown_name_and_lists_the_known_ones() -> None:
+    with pytest.raises(OptionError) as caught:
+        SmartStageOptions.of(None, {"threads": 2})
+    assert str(caught.value) == f"unknown option 'threads'. The options are: {', '.join(NAMES_AND_DEFAULTS)}."
+
+
+def test_every_option_is_documented_beneath_it() -> None:
+    tree = ast.parse(inspect.getsource(options))
+    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SmartStageOptions"]
+    documented = {}
+    for statement, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            text = ast.unparse(below).strip("'\"") if below is not None and is_text else ""
+            documented[statement.target.id] = text
+    assert list(documented) == list(NAMES_AND_DEFAULTS)
+    undocumented = [name for name, text in documented.items() if not text.strip().endswith(".")]
+    assert undocumented == []
