@@ -88,13 +88,19 @@ class Source:
         return list(self._pushed_back)
 
     def _read(self) -> Batch:
-        leaves, spec = flatten(next(self._iterator))
+        try:
+            leaves, spec = flatten(next(self._iterator))
+        except BaseException:
+            self._recent.clear()
+            raise
         addresses = [_address(leaf) for leaf in leaves]
         self._copying = self._copying or any(a is not None and self._is_reused(a) for a in addresses)
         copy = self._copying or self._probation > 0
         self._probation -= 1
         own = [hand_out(leaf, copy) for leaf in leaves]
-        if not self._copying:
+        if self._copying:
+            self._recent.clear()
+        else:
             watched = zip(addresses, leaves, own, strict=True)
             self._recent.append(
                 {a: _Memory(leaf, None if copy else mine) for a, leaf, mine in watched if a is not None}

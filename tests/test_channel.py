@@ -709,3 +709,17 @@ def test_another_thread_waits_for_the_operation_that_runs(run: Run) -> None:
     go_on.set()
     assert putter.result() is True
     canceller.result()
+
+
+def test_a_cancel_that_is_resumed_at_once_still_reaches_who_was_waiting(run: Run) -> None:
+    """Clause 7: the waiter wakes after the resume, and must raise all the same."""
+    channel: Channel[int] = Channel(1)
+    taker = run(channel.take)
+    assert taker.blocked
+    with channel._ready:
+        channel.cancel()
+        channel.resume()
+    with pytest.raises(ChannelCancelled):
+        taker.result()
+    channel.put(0, 0)
+    assert channel.take() == 0

@@ -40,6 +40,15 @@ def packages_on_disk() -> set[str]:
     return found
 
 
+def folder_of(package: str) -> Path:
+    top = next(top for top in sorted(FOLDERS, key=len, reverse=True) if f"{package}.".startswith(f"{top}."))
+    return (
+        ROOT.joinpath(FOLDERS[top], *package[len(top) :].strip(".").split("."))
+        if package != top
+        else ROOT / FOLDERS[top]
+    )
+
+
 def test_the_packages_on_disk_are_those_that_are_installed() -> None:
     settings = pyproject()["tool"]["setuptools"]
     assert packages_on_disk() == set(settings["packages"])
@@ -98,8 +107,8 @@ def test_the_wheel_holds_every_module_the_types_and_the_data_and_nothing_else(wh
         inside = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     modules = {
         f"{package.replace('.', '/')}/{path.name}"
-        for package, folder in FOLDERS.items()
-        for path in (ROOT / folder).glob("*.py")
+        for package in packages_on_disk()
+        for path in folder_of(package).glob("*.py")
     }
     data = {"torchstage/py.typed", "torchstage/data/adult.csv.gz", "torchstage/data/README.md"}
     assert inside == modules | data

@@ -47,6 +47,7 @@ class Channel(Generic[T]):
         self._next = 0
         self._end: int | None = None
         self._cancelled = False
+        self._cancels = 0
         # An RLock for clause 8: garbage collection may run a finalizer that cancels this very channel inside put().
         lock = threading.RLock()
         self._room = threading.Condition(lock)
@@ -88,19 +89,21 @@ class Channel(Generic[T]):
             ChannelCancelled: the channel is or becomes cancelled.
         """
         with self._ready:
+            cancels = self._cancels
             while self._next not in self._items:
-                if self._cancelled:
-                    raise ChannelCancelled("the channel was cancelled")
+                self._check_not_cancelled(cancels)
                 if self._end is not None and self._next >= self._end:
                     raise ChannelClosed("the channel is closed and empty")
                 self._ready.wait(_SLICE_SECONDS)
-            if self._cancelled:
-                raise ChannelCancelled("the channel was cancelled")
+            self._check_not_cancelled(cancels)
             item = self._items.pop(self._next)
             self._next += 1
             self._advance()
         if isinstance(item, _Failure):
-            raise item.error
+            try:
+                raise item.error
+            finally:
+                del item  # or the error's traceback holds this frame, and this frame the error
         return item
 
     def close(self, end: int | None = None) -> None:
@@ -120,6 +123,7 @@ class Channel(Generic[T]):
         """Make every put and take raise ChannelCancelled until `resume`."""
         with self._room:
             self._cancelled = True
+            self._cancels += 1
             self._room.notify_all()
             self._ready.notify_all()
 
@@ -145,9 +149,9 @@ class Channel(Generic[T]):
 
     def _wait_for_room(self, index: int, timeout: float | None) -> bool:
         deadline = None if timeout is None else time.monotonic() + timeout
+        cancels = self._cancels
         while True:
-            if self._cancelled:
-                raise ChannelCancelled("the channel was cancelled")
+            self._check_not_cancelled(cancels)
             if self._end is not None and index >= self._end:
                 raise ChannelClosed(f"the channel is closed at index {self._end}. Found: index {index}.")
             if index < self._next + self._capacity:
@@ -156,6 +160,11 @@ class Channel(Generic[T]):
             if left <= 0:
                 return False
             self._room.wait(min(left, _SLICE_SECONDS))
+
+    def _check_not_cancelled(self, cancels: int) -> None:
+        """Raise if cancelled now, or since the caller saw ``cancels``: a resume may come before a waiter wakes."""
+        if self._cancelled or self._cancels != cancels:
+            raise ChannelCancelled("the channel was cancelled")
 
     def _advance(self) -> None:
         """Pass over skipped indices and wake whom the new head concerns."""

@@ -71,21 +71,22 @@ def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Copy with the same strides: the order in which a sum adds, and so its last bit, follows the layout in memory."""
     if tensor.layout is not torch.strided or tensor.is_contiguous() or not tensor.numel():
         return tensor.clone()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.detach().as_strided((extent,), (1,))
-    return flat.clone().as_strided(tensor.shape, tensor.stride())
+    once = tensor.detach()[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    memory = torch.empty_strided(once.size(), once.stride(), dtype=once.dtype, device=once.device)
+    return memory.copy_(once).expand(tensor.size())  # what lies between the elements is neither read nor written
 
 
 def _copy_array(array: "np.ndarray[Any, Any]") -> Any:
-    """Copy with the same strides and the same subclass."""
-    if array.flags.c_contiguous or array.dtype.hasobject or array.dtype.kind == "T" or not array.size:
+    """Copy with the same strides; a subclass and an array of objects as NumPy does it."""
+    plain = type(array) is np.ndarray and not array.dtype.hasobject and array.dtype.kind != "T"
+    if array.flags.c_contiguous or not plain or not array.size:
         return array.copy(order="K")
     spans = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
     low, high = sum(span for span in spans if span < 0), sum(span for span in spans if span > 0)
     memory = np.empty(high - low + array.itemsize, np.uint8)
     copy: Any = np.ndarray(array.shape, array.dtype, memory, -low, array.strides)
     copy[...] = array
-    return copy.view(type(array))
+    return copy
 
 
 def _copy_text(value: Any) -> Any:
@@ -120,10 +121,10 @@ class Snapshot(NamedTuple):
 
 
 def _same_bytes(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    if a.dtype.hasobject:
+    if a.dtype == object:
         return all(x is y for x, y in zip(a.flat, b.flat, strict=True))
-    if a.dtype.kind == "T":
-        return bool(np.all(a == b))
+    if a.dtype.hasobject or a.dtype.kind == "T":  # their elements are made when they are read: no identity to compare
+        return bool(a.tolist() == b.tolist())
     return a.tobytes() == b.tobytes()  # as bytes: NaN is equal to itself here
 
 
