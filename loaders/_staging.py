@@ -12,10 +12,11 @@ from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, is_tracked, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._guards import Guards
 from torchstage.transforms._lift import Lifted, lift
-from torchstage.transforms._plan import Plan, make_plan
+from torchstage.transforms._plan import Plan
 from torchstage.transforms._schedule import Task, schedule
 
 

@@ -13,8 +13,9 @@ import torch.fx
 
 from torchstage import markers
 from torchstage._structure import flatten
+from torchstage.transforms._analysis import cut_of, input_position, without_marks
 from torchstage.transforms._capture import Capture
-from torchstage.transforms._plan import Plan, cut_of, input_position, without_marks
+from torchstage.transforms._plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

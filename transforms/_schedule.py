@@ -4,9 +4,10 @@ import dataclasses
 
 import torch.fx
 
+from torchstage.transforms._analysis import cut_of, without_marks
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._lift import Part, extract
-from torchstage.transforms._plan import Plan, cut_of, without_marks
+from torchstage.transforms._plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
