@@ -55,12 +55,13 @@ class Core:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one forward: on staged values where they may be used, else the original."""
-        leaves, spec = flatten((args, kwargs))
+        call = args, kwargs
         if kwargs:
             try:
-                leaves, spec = flatten(self._binder.canonical(args, kwargs))
+                call = self._binder.canonical(args, kwargs)
             except BindingError:
                 return self.model.forward(*args, **kwargs)  # raises the error that Python has for such a call
+        leaves, spec = flatten(call, self.registry.texts)
         ticket = self.registry.find(leaves)
         if ticket is None:
             self._note_unstaged()

@@ -21,13 +21,12 @@ wrong.
     ends the threads.
 """
 
-import dataclasses
 import sys
 import threading
 import time
 import traceback
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchstage._channel import Channel
 from torchstage.errors import (
@@ -44,11 +43,10 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """What waits in the buffer: a batch, and its ticket if there is one."""
 
-    index: int
+    number: int
     batch: Batch
     bound: Bound | None
 
@@ -112,7 +110,7 @@ class Pipeline:
         occupancy = min(len(self.channel) / self.options.capacity, 1.0)
         item = self.channel.take()
         self.recorder.took(time.perf_counter() - started, occupancy)
-        item.batch.check_not_overwritten(item.index)
+        item.batch.check_not_overwritten(item.number)
         return item
 
     def stop(self, timeout: float = 5.0) -> None:
@@ -174,7 +172,7 @@ class Pipeline:
         """
         started = time.perf_counter()
         try:
-            bound = self.stager.stage(batch.value) if self.stager is not None else None
+            bound = self.stager.stage(batch) if self.stager is not None else None
         except BaseException as error:  # noqa: BLE001 - it is raised to the client
             self._in_hand.pop(index)
             if isinstance(error, self.options.closed_exception_types):

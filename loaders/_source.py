@@ -15,15 +15,23 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchstage._structure import flatten, hand_out, unflatten
+from torchstage._structure import flatten, hand_out, is_text_leaf, unflatten
 from torchstage.errors import BatchOverwrittenError
 
 
 class Batch(NamedTuple):
-    """A batch of the user's, rebuilt from objects that only torchstage holds."""
+    """A batch of the user's, rebuilt from objects that only torchstage holds.
+
+    Attributes:
+        value: what is handed out.
+        leaves: its leaves.
+        texts: the ids of those that are columns of text.
+        versions: its tensors with the version that was read.
+    """
 
     value: Any
     leaves: list[Any]
+    texts: frozenset[int]
     versions: list[tuple[torch.Tensor, int]]
 
     def check_not_overwritten(self, index: int) -> None:
@@ -106,7 +114,8 @@ class Source:
                 {a: _Memory(leaf, None if copy else mine) for a, leaf, mine in watched if a is not None}
             )
         versions = [(leaf, leaf._version) for leaf in own if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
-        return Batch(unflatten(own, spec), own, versions)
+        texts = frozenset([id(leaf) for leaf in own if is_text_leaf(leaf)])
+        return Batch(unflatten(own, spec), own, texts, versions)
 
     def _is_reused(self, address: int) -> bool:
         return any(address in memories and memories[address].alive() for memories in self._recent)

@@ -14,6 +14,7 @@ from torchstage._mode import Ambient, Mode
 from torchstage._structure import flatten, is_tracked
 from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.loaders._tickets import Ticket
 from torchstage.options import SmartStageOptions
@@ -92,7 +93,7 @@ class Stager:
         with self._lock:
             self._current = self._staging_for(mode, call)
 
-    def stage(self, batch: Any) -> Bound | None:
+    def stage(self, batch: Batch) -> Bound | None:
         """Stage a handed-out batch: bind it, run the stage graph, and return its ticket. Runs on a worker.
 
         Returns None where nothing is staged.
@@ -100,7 +101,7 @@ class Stager:
         staging = self._current
         if staging is None or staging.parts is None:
             return None
-        leaves, spec = flatten(self._binder.bind(batch))
+        leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
         flaw = staging.parts.misfit(leaves, spec)
         ticket = Ticket(self, staging, leaves, spec, flaw)
         if flaw is None:

@@ -5,6 +5,7 @@ batches, or use one twice. It is honoured only while everything its values were 
 """
 
 import collections
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from torchstage._mode import Mode
-from torchstage._structure import Snapshot, TreeSpec, is_text
+from torchstage._structure import Snapshot, TreeSpec, is_text_leaf
 from torchstage.loaders._staging import Parts, Staging
 
 
@@ -50,7 +51,7 @@ class Ticket:
 
     def refuse(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[str, Any] | None:
         """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""
-        if not self._is_mine(leaves) or spec != self.spec:
+        if not self._is_mine(leaves) or (spec is not self.spec and spec != self.spec):
             return "other arguments", None
         mode = Mode.now(self.staging.modules)
         difference = self.staging.mode.differs(mode)
@@ -76,6 +77,12 @@ class Ticket:
         assert self.staging.parts is not None
         return self.staging.parts.run_main(leaves, self._values)
 
+    def texts(self) -> list[int]:
+        """Return the ids of the columns of text among the leaves."""
+        return [
+            id(leaf) for leaf, weak in zip(self._leaves, self._weak, strict=True) if not weak and is_text_leaf(leaf)
+        ]
+
     def _is_mine(self, leaves: Sequence[Any]) -> bool:
         if len(leaves) != len(self._leaves):
             return False
@@ -86,6 +93,12 @@ class Ticket:
         return True
 
 
+def _forget(registry: "weakref.ref[Registry]", key: int, _: Any) -> None:
+    known = registry()
+    if known is not None:
+        known._forget(key)
+
+
 class Registry:
     """The tickets of one model, by the identity of the objects that were handed out."""
 
@@ -93,33 +106,39 @@ class Registry:
         self._tickets: dict[int, Ticket] = {}
         self._anchors: dict[int, weakref.ref[Any]] = {}
         self._recent: collections.deque[int] = collections.deque()
+        self.texts: dict[int, Ticket] = {}
+        """The columns of text that live tickets hold, by id: known without looking at their rows."""
 
     def add(self, ticket: Ticket, leaves: Sequence[Any], batch_leaves: Sequence[Any], clients: int) -> None:
         """Remember ``ticket`` until the handed-out objects are gone.
 
-        A batch without any object that can be watched, of lists of text alone, is remembered until ``2 * clients``
-        later ones have been added.
+        A batch without any object that can be watched, of lists of text alone, is remembered until ``2 * clients`` later
+        ones have been added.
         """
         key_leaf = next((leaf for leaf in leaves if identifies(leaf)), None)
         if key_leaf is None:
             return
         key = id(key_leaf)
         self._tickets[key] = ticket
+        for leaf in leaves:
+            if is_text_leaf(leaf):
+                self.texts[id(leaf)] = ticket
         anchor = next(
             (leaf for leaf in [key_leaf, *leaves, *batch_leaves] if identifies(leaf) and _is_weak(leaf)), None
         )
         if anchor is None:
             self._recent.append(key)
             while len(self._recent) > 2 * clients:
-                self._tickets.pop(self._recent.popleft(), None)
+                self._forget(self._recent.popleft())
         else:
-            tickets, anchors = self._tickets, self._anchors
+            self._anchors[key] = weakref.ref(anchor, functools.partial(_forget, weakref.ref(self), key))
 
-            def forget(_: Any) -> None:
-                tickets.pop(key, None)
-                anchors.pop(key, None)
-
-            anchors[key] = weakref.ref(anchor, forget)
+    def _forget(self, key: int) -> None:
+        ticket = self._tickets.pop(key, None)
+        self._anchors.pop(key, None)
+        if ticket is not None:
+            for text in ticket.texts():
+                self.texts.pop(text, None)
 
     def find(self, leaves: Sequence[Any]) -> Ticket | None:
         """Return the ticket of a call with these leaves, or None if no staged loader handed them out."""
@@ -133,7 +152,7 @@ def identifies(leaf: object) -> bool:
     """Whether a handed-out leaf is an object that nobody else holds (see `torchstage._structure.hand_out`)."""
     if isinstance(leaf, torch.Tensor):
         return not leaf.requires_grad
-    return isinstance(leaf, np.ndarray) or is_text(leaf)
+    return isinstance(leaf, np.ndarray) or is_text_leaf(leaf)
 
 
 def _is_weak(leaf: object) -> bool:

@@ -13,7 +13,7 @@ from tests.support import numbers
 from torchstage import SmartStageOptions, StagedDataLoader
 from torchstage.errors import ChannelCancelled, ChannelClosed, DroppedBatchWarning, PutTimeoutError, TorchstageWarning
 from torchstage.loaders._pipeline import Pipeline
-from torchstage.loaders._source import Source
+from torchstage.loaders._source import Batch, Source
 from torchstage.stats import Recorder
 
 
@@ -55,10 +55,10 @@ def test_1_order_is_kept_when_later_batches_are_staged_first() -> None:
     others_done = threading.Event()
 
     class Slow:
-        def stage(self, batch: torch.Tensor) -> None:
-            if int(batch[0]) == 0:
+        def stage(self, batch: Batch) -> None:
+            if int(batch.value[0]) == 0:
                 assert others_done.wait(10)
-            elif int(batch[0]) == 3:
+            elif int(batch.value[0]) == 3:
                 others_done.set()
 
         def prepare(self, batch: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ def test_1_order_is_kept_when_later_batches_are_staged_first() -> None:
     source = Source(iter(numbers(4)), window=8, pushed_back=[])
     pipeline = Pipeline(source, Slow(), SmartStageOptions(num_threads=4, capacity=4), Recorder("test"))  # type: ignore[arg-type]
     pipeline.start()
-    assert [pipeline.take().index for _ in range(4)] == [0, 1, 2, 3]
+    assert [pipeline.take().number for _ in range(4)] == [0, 1, 2, 3]
     pipeline.stop()
 
 

@@ -1,14 +1,16 @@
-"""The state outside a model that a forward's numbers depend on: training flags, grad mode, autocast, defaults."""
+"""The state outside a model that a forward's numbers depend on: training flags, grad mode, autocast, defaults.
+
+Read before every staged step, hence plain tuples.
+"""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Ambient:
+class Ambient(NamedTuple):
     """Thread-local and global settings that change what an operation computes or records."""
 
     grad: bool
@@ -16,49 +18,52 @@ class Ambient:
     autocast: tuple[tuple[str, torch.dtype] | None, ...]
     autocast_cache: bool
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device | None
     threads: int
 
     @classmethod
-    def now(cls, device: torch.device | None = None) -> "Ambient":
-        """Return the calling thread's settings; with ``device`` that one instead of asking for the default device."""
+    def now(cls, *, with_device: bool = True) -> "Ambient":
+        """Return the calling thread's settings; optionally with no word on the default device."""
         return cls(
-            grad=torch.is_grad_enabled(),
-            inference=torch.is_inference_mode_enabled(),
-            autocast=tuple(_autocast(device) for device in _AUTOCAST_DEVICES),
-            autocast_cache=torch.is_autocast_cache_enabled(),
-            dtype=torch.get_default_dtype(),
-            device=torch.get_default_device() if device is None else device,
-            threads=torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            (_autocast("cpu"), _autocast("cuda")),
+            torch.is_autocast_cache_enabled(),
+            torch.get_default_dtype(),
+            # A default device is a torch function mode. Asking for it costs more than all the rest, so see first if
+            # the thread has any mode.
+            torch.get_default_device() if with_device and torch._C._len_torch_function_stack() else None,
+            torch.get_num_threads(),
         )
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Set the calling thread to these settings, but for two.
+        """Set a thread of the stage, which has no settings of its own, to these, but for two.
 
         Grad mode is off, since a stage never records gradients. The number of intra-op threads stays, since it cannot
         be set for one thread and taken back cheaply; `torchstage._threads` sets it once for each thread that stages.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for setting in self.autocast:
-                if setting is not None:
-                    device, dtype = setting
-                    stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=self.autocast_cache))
-            if torch.get_default_device() != self.device:
-                stack.enter_context(self.device)
-            yield
+        with torch.no_grad():
+            if self.device is None and self.autocast == _NO_AUTOCAST:
+                yield
+                return
+            with contextlib.ExitStack() as stack:
+                for setting in self.autocast:
+                    if setting is not None:
+                        device, dtype = setting
+                        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=self.autocast_cache))
+                if self.device is not None:
+                    stack.enter_context(self.device)
+                yield
 
     def differs(self, other: "Ambient") -> str | None:
         """Name the first setting in which ``other`` differs, or None."""
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) != getattr(other, field.name):
-                return _WORDS[field.name]
-        return None
+        if self == other:
+            return None
+        return next(_WORDS[name] for name, a, b in zip(self._fields, self, other, strict=True) if a != b)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mode:
+class Mode(NamedTuple):
     """What a capture is made for and stays valid in. ``training`` holds the flag of every module of the model."""
 
     training: tuple[bool, ...]
@@ -80,7 +85,7 @@ def _autocast(device: str) -> tuple[str, torch.dtype] | None:
     return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
+_NO_AUTOCAST = (None, None)
 _WORDS = {
     "grad": "grad mode",
     "inference": "inference mode",

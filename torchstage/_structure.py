@@ -4,7 +4,7 @@ Containers are what pytree knows: dicts, lists, tuples, named tuples and registe
 leaf, a column, since the number of its rows is data and not structure; a list of columns is a container again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +19,71 @@ def is_text(value: object) -> bool:
 
     An empty list counts as one, since a column may be empty; an empty tuple does not, since a call may have no arguments.
     """
-    if type(value) is list:
-        return all(type(item) is str or type(item) is bytes for item in value)
-    return type(value) is tuple and value != () and all(type(item) is str or type(item) is bytes for item in value)
+    kind = type(value)
+    if kind is not list and kind is not tuple:
+        return False
+    items: Any = value
+    if not items:
+        return kind is list
+    first = type(items[0])
+    if first is not str and first is not bytes:
+        return False
+    try:
+        first().join(items)  # checks the type of all items several times faster than a loop
+    except TypeError:
+        return all(type(item) is str or type(item) is bytes for item in items)
+    return True
 
 
-def flatten(tree: object) -> tuple[list[Any], TreeSpec]:
-    """Return the leaves of ``tree`` and its structure."""
-    return pytree.tree_flatten(tree, is_leaf=is_text)
+def is_text_leaf(leaf: object) -> bool:
+    """Whether ``leaf``, one of those that `flatten` returned, is a column of text: no other leaf is a list or tuple."""
+    return type(leaf) is list or type(leaf) is tuple
+
+
+def flatten(tree: object, known: Container[int] = ()) -> tuple[list[Any], TreeSpec]:
+    """Return the leaves of ``tree`` and its structure. Equal structures are mostly the same object.
+
+    Args:
+        tree: any batch, arguments or result.
+        known: ids of lists and tuples that are known to be columns of text and need not be looked at again.
+    """
+    leaves: list[Any] = []
+    shape = _walk(tree, leaves, known)
+    if shape is None:
+        return pytree.tree_flatten(tree, is_leaf=lambda value: id(value) in known or is_text(value))
+    spec = _specs.get(shape)
+    if spec is None:
+        if len(_specs) > _MOST_SPECS:
+            _specs.clear()
+        spec = _specs[shape] = pytree.tree_flatten(tree, is_leaf=lambda value: id(value) in known or is_text(value))[1]
+    return leaves, spec
+
+
+def _walk(tree: Any, leaves: list[Any], known: Container[int]) -> Any:
+    """Append the leaves of plain containers and return their structure as a key; None if there is anything else.
+
+    pytree's own walk takes several times as long, on the training thread, at every step.
+    """
+    kind = type(tree)
+    if kind in _PLAIN_LEAVES:
+        leaves.append(tree)
+        return _LEAF
+    if kind is dict:
+        parts = [_walk(value, leaves, known) for value in tree.values()]
+        return None if None in parts else (kind, tuple(tree), tuple(parts))
+    if kind is not list and kind is not tuple:
+        return None
+    if id(tree) in known or is_text(tree):
+        leaves.append(tree)
+        return _LEAF
+    parts = [_walk(value, leaves, known) for value in tree]
+    return None if None in parts else (kind, tuple(parts))
+
+
+_LEAF = 0
+_MOST_SPECS = 1000
+_PLAIN_LEAVES = frozenset([torch.Tensor, torch.nn.Parameter, np.ndarray, int, float, bool, str, bytes, type(None)])
+_specs: dict[Any, TreeSpec] = {}
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
@@ -49,7 +106,7 @@ def is_tracked(leaf: object) -> bool:
     """Whether a change of ``leaf`` after it was handed out can be noticed (see `Snapshot`)."""
     if isinstance(leaf, torch.Tensor):
         return not leaf.is_inference()  # those have no version counter
-    return isinstance(leaf, (np.ndarray, int, float)) or is_text(leaf)
+    return isinstance(leaf, (np.ndarray, int, float)) or is_text_leaf(leaf)
 
 
 def hand_out(leaf: Any, copy: bool) -> Any:
@@ -64,7 +121,7 @@ def hand_out(leaf: Any, copy: bool) -> Any:
         return _copy_tensor(leaf) if copy else leaf.detach()
     if isinstance(leaf, np.ndarray):
         return _copy_array(leaf) if copy else leaf.view()
-    return _copy_text(leaf) if is_text(leaf) else leaf
+    return _copy_text(leaf) if is_text_leaf(leaf) else leaf
 
 
 def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,24 +165,27 @@ class Snapshot(NamedTuple):
         if isinstance(leaf, torch.Tensor):
             return cls(leaf._version, None)
         if isinstance(leaf, np.ndarray):
-            return cls(None, leaf.copy())
-        return cls(None, _copy_text(leaf) if is_text(leaf) else leaf)
+            return cls(None, (leaf.shape, _contents(leaf)))
+        return cls(None, _copy_text(leaf) if is_text_leaf(leaf) else leaf)
 
     def holds(self, leaf: Any) -> bool:
         """Whether ``leaf``, the object the snapshot was taken of, has not been written since."""
         if self.version is not None:
             return bool(leaf._version == self.version)
         if isinstance(leaf, np.ndarray):
-            return leaf.shape == self.content.shape and _same_bytes(leaf, self.content)
+            shape, before = self.content
+            if leaf.dtype == object:
+                return bool(leaf.shape == shape) and all(a is b for a, b in zip(leaf.flat, before, strict=True))
+            return bool(leaf.shape == shape and _contents(leaf) == before)
         return leaf is self.content or bool(leaf == self.content)  # NaN is not equal to itself, but it is itself
 
 
-def _same_bytes(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
-    if a.dtype == object:
-        return all(x is y for x, y in zip(a.flat, b.flat, strict=True))
-    if a.dtype.hasobject or a.dtype.kind == "T":  # their elements are made when they are read: no identity to compare
-        return bool(a.tolist() == b.tolist())
-    return a.tobytes() == b.tobytes()  # as bytes: NaN is equal to itself here
+def _contents(array: "np.ndarray[Any, Any]") -> Any:
+    if array.dtype == object:
+        return list(array.flat)
+    if array.dtype.hasobject or array.dtype.kind == "T":  # their elements are made when they are read
+        return array.tolist()
+    return array.tobytes()  # as bytes: NaN is equal to itself here
 
 
 def describe(tree: Any) -> str:

@@ -24,6 +24,7 @@ import torch
 import torch.fx
 from torch.fx.proxy import Proxy, Scope, TracerBase
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _device
 
 from torchstage._mode import Ambient
 from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
@@ -103,7 +104,8 @@ class _Tracer(TracerBase):
         self._attributes: dict[tuple[str, str], Any] = {}
         self._measured: dict[int, torch.Tensor] = {}
         self._path: list[str] = [""]
-        self._ambient = Ambient.now()
+        self._ambient = Ambient.now(with_device=False)
+        self._device = _device.CURRENT_DEVICE
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         leaves, in_spec = flatten((args, kwargs))
@@ -168,10 +170,11 @@ class _Tracer(TracerBase):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if kind not in ("placeholder", "output", "get_attr"):
-            # Not the default device: asking for it is a torch call, and a `with torch.device(...)` region is a mode of
-            # its own, which puts the device into the calls that are recorded.
-            now = Ambient.now(self._ambient.device)
-            changed = dataclasses.replace(now, grad=self._ambient.grad).differs(self._ambient)
+            # Without the device: asking for it is a torch call, which would be recorded.
+            now = Ambient.now(with_device=False)._replace(grad=self._ambient.grad)
+            changed = now.differs(self._ambient)
+            if self._device != _device.CURRENT_DEVICE:
+                changed = "default device"
             if changed is not None:
                 raise UntraceableError(f"forward changes the {changed}")
         node = super().create_node(kind, *args, **kwargs)
