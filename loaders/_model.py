@@ -66,12 +66,15 @@ class Core:
         if ticket is None:
             self._note_unstaged()
             return self.model.forward(*args, **kwargs)
-        refused = ticket.refuse(leaves, spec)
-        if refused is not None:
-            ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
-            return self.model.forward(*args, **kwargs)
-        ticket.owner.recorder.step()
-        return ticket.run(leaves)
+        try:
+            refused = ticket.refuse(leaves, spec)
+            if refused is not None:
+                ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
+                return self.model.forward(*args, **kwargs)
+            ticket.owner.recorder.step()
+            return ticket.run(leaves)
+        finally:
+            ticket.used()
 
     def _note_unstaged(self) -> None:
         if not any(stager.active for stager in self.stagers):

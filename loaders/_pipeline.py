@@ -17,7 +17,11 @@ wrong.
     bounded time; a thread that hangs in the user's loader is named in a warning. Threads are daemons, so that one which
     never returns cannot keep the process alive.
  8. Nothing lost. After `stop`, `leftovers` are the outcomes that were read and not taken, in order.
- 9. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
+ 9. Out of the way. While the step runs its forward on a staged batch, no worker begins the next batch on account of the
+    slot that this one left: both would hold the interpreter lock by turns, and the step would wait for it. The slot is
+    free when the forward is done, and at the latest when the next batch is taken. A training loop that takes batches
+    without running the model on each, and one with several clients, is not held back so.
+10. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
     ends the threads.
 """
 
@@ -72,6 +76,7 @@ class Pipeline:
         self._ended = False
         self._in_hand: dict[int, Any] = {}
         self._threads: list[threading.Thread] = []
+        self._holding_back = options.num_clients == 1
 
     def start(self) -> None:
         """Read the first batch and prepare its staging on the calling thread, then start the workers.
@@ -108,7 +113,13 @@ class Pipeline:
         """
         started = time.perf_counter()
         occupancy = min(len(self.channel) / self.options.capacity, 1.0)
-        item = self.channel.take()
+        if self.channel.slot_kept:
+            self._holding_back = False  # the model was not run on the last batch
+        item = self.channel.take(keep_slot=self._holding_back)
+        if item.bound is None:
+            self.channel.free_slot()
+        else:
+            item.bound.ticket.on_used = self.channel.free_slot
         self.recorder.took(time.perf_counter() - started, occupancy)
         item.batch.check_not_overwritten(item.number)
         return item

@@ -7,7 +7,7 @@ batches, or use one twice. It is honoured only while everything its values were 
 import collections
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Ticket:
         self.staging = staging
         self.flaw = flaw
         self.spec = spec
+        self.on_used: Callable[[], None] | None = None
         # Weak where that is possible: the registry must not keep a batch alive that the user has dropped.
         self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
         self._weak = [_is_weak(leaf) for leaf in leaves]
@@ -82,6 +83,12 @@ class Ticket:
         return [
             id(leaf) for leaf, weak in zip(self._leaves, self._weak, strict=True) if not weak and is_text_leaf(leaf)
         ]
+
+    def used(self) -> None:
+        """Note that a forward on this batch is done."""
+        if self.on_used is not None:
+            self.on_used()
+            self.on_used = None
 
     def _is_mine(self, leaves: Sequence[Any]) -> bool:
         if len(leaves) != len(self._leaves):

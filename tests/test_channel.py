@@ -723,3 +723,28 @@ def test_a_cancel_that_is_resumed_at_once_still_reaches_who_was_waiting(run: Run
         taker.result()
     channel.put(0, 0)
     assert channel.take() == 0
+
+
+def test_a_kept_slot_counts_as_full_until_it_is_freed(run: Run) -> None:
+    """Clause 2."""
+    channel: Channel[int] = Channel(1)
+    channel.put(0, 0)
+    assert channel.take(keep_slot=True) == 0
+    assert channel.slot_kept
+    putter = run(lambda: channel.put(1, 1))
+    assert putter.blocked
+    channel.free_slot()
+    assert putter.result() is True
+    assert not channel.slot_kept
+
+
+def test_a_kept_slot_is_free_when_the_next_item_is_taken(run: Run) -> None:
+    """Clause 2: else the taker would wait for a putter that waits for the taker."""
+    channel: Channel[int] = Channel(1)
+    channel.put(0, 0)
+    assert channel.take(keep_slot=True) == 0
+    putter = run(lambda: channel.put(1, 1))
+    assert putter.blocked
+    taker = run(channel.take)
+    assert taker.result() == 1
+    assert putter.result() is True

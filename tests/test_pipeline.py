@@ -1,4 +1,4 @@
-"""The pipeline's contract, number by number (1, 5 and 7 to 9 have more tests in test_laws.py)."""
+"""The pipeline's contract, number by number (1, 5 and 7 to 10 have more tests in test_laws.py)."""
 
 import gc
 import threading
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import numbers
-from torchstage import SmartStageOptions, StagedDataLoader
+from tests.support import Scale, numbers
+from torchstage import SmartStageOptions, StagedDataLoader, smart_stage
 from torchstage.errors import ChannelCancelled, ChannelClosed, DroppedBatchWarning, PutTimeoutError, TorchstageWarning
 from torchstage.loaders._pipeline import Pipeline
 from torchstage.loaders._source import Batch, Source
@@ -279,7 +279,59 @@ def test_8_an_error_that_nobody_has_seen_is_left_over_too() -> None:
     assert seen == [1]
 
 
-def test_9_threads_hold_neither_the_loader_nor_the_iterator() -> None:
+class Reads:
+    """A loader that says how many batches have been read."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = iter(numbers(count))
+        self.read = 0
+        self.changed = threading.Condition()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        with self.changed:
+            self.read += 1
+            self.changed.notify_all()
+        return next(self.batches)
+
+    def reached(self, count: int, timeout: float) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: self.read >= count, timeout)
+
+
+def test_9_the_next_batch_is_begun_when_the_forward_is_done() -> None:
+    reads = Reads(20)
+    staged, loader = smart_stage(Scale(), reads, capacity=1)
+    iterator = iter(loader)
+    x = next(iterator)
+    assert reads.reached(2, 10)  # batch 1 waits for the slot in its worker's hand
+    assert not reads.reached(3, 0.05)
+    staged(x)
+    assert reads.reached(3, 10)
+    iterator.close()
+
+
+def test_9_a_loop_that_does_not_run_the_model_is_not_held_back() -> None:
+    reads = Reads(20)
+    _, loader = smart_stage(Scale(), reads, capacity=1)
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    assert reads.reached(4, 10)
+    iterator.close()
+
+
+def test_9_a_loader_without_a_model_is_not_held_back() -> None:
+    reads = Reads(20)
+    iterator = iter(StagedDataLoader(reads, capacity=1))
+    next(iterator)
+    assert reads.reached(3, 10)
+    iterator.close()
+
+
+def test_10_threads_hold_neither_the_loader_nor_the_iterator() -> None:
     loader = StagedDataLoader(numbers(50), num_threads=2)
     iterator = iter(loader)
     next(iterator)

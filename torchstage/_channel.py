@@ -5,6 +5,8 @@ Contract (tests/test_channel.py has one test per number). If the code differs fr
  1. Order. Every item has an index; items are taken in the order of their indices, whatever the order of the puts.
  2. Bound. At most ``capacity`` items wait. ``put(index)`` waits until ``index < next index to take + capacity``. The
     putter of the next index to take never waits, so putters cannot block each other for ever.
+    A taker may keep the slot of what it took, which then counts as waiting until `free_slot` or the next ``take``: so it
+    decides when putters go on.
  3. Exactly once. Each item is taken by exactly one taker, whatever the number of takers.
  4. Timeout. A ``put`` that finds no room within its timeout returns False and leaves nothing behind. The putter then
     puts again or calls ``skip(index)``; takers pass over a skipped index.
@@ -45,6 +47,7 @@ class Channel(Generic[T]):
         self._items: dict[int, T | _Failure] = {}
         self._skipped: set[int] = set()
         self._next = 0
+        self._kept = 0
         self._end: int | None = None
         self._cancelled = False
         self._cancels = 0
@@ -81,8 +84,11 @@ class Channel(Generic[T]):
             self._skipped.add(index)
             self._advance()
 
-    def take(self) -> T:
+    def take(self, keep_slot: bool = False) -> T:
         """Take the next item in order, waiting for it; raise its error if it is one.
+
+        Args:
+            keep_slot: let the slot of this item count as full until `free_slot` or the next ``take``.
 
         Raises:
             ChannelClosed: everything before the end has been taken.
@@ -90,6 +96,7 @@ class Channel(Generic[T]):
         """
         with self._ready:
             cancels = self._cancels
+            self.free_slot()
             while self._next not in self._items:
                 self._check_not_cancelled(cancels)
                 if self._end is not None and self._next >= self._end:
@@ -98,6 +105,7 @@ class Channel(Generic[T]):
             self._check_not_cancelled(cancels)
             item = self._items.pop(self._next)
             self._next += 1
+            self._kept = int(keep_slot)
             self._advance()
         if isinstance(item, _Failure):
             try:
@@ -105,6 +113,18 @@ class Channel(Generic[T]):
             finally:
                 del item  # or the error's traceback holds this frame, and this frame the error
         return item
+
+    def free_slot(self) -> None:
+        """Free the slot that the last ``take`` kept; does nothing if it kept none."""
+        if self._kept:
+            with self._room:
+                self._kept = 0
+                self._room.notify_all()
+
+    @property
+    def slot_kept(self) -> bool:
+        """Whether the last ``take`` still keeps its slot."""
+        return self._kept > 0
 
     def close(self, end: int | None = None) -> None:
         """Accept no item at or beyond ``end`` (default: the first index that has not been put)."""
@@ -154,7 +174,7 @@ class Channel(Generic[T]):
             self._check_not_cancelled(cancels)
             if self._end is not None and index >= self._end:
                 raise ChannelClosed(f"the channel is closed at index {self._end}. Found: index {index}.")
-            if index < self._next + self._capacity:
+            if index < self._next + self._capacity - self._kept:
                 return True
             left = _SLICE_SECONDS if deadline is None else deadline - time.monotonic()
             if left <= 0:
@@ -171,8 +191,9 @@ class Channel(Generic[T]):
         while self._next in self._skipped:
             self._skipped.remove(self._next)
             self._next += 1
-        # All, not one: only the putter whose index came into the window can go on, and any one might be woken.
-        self._room.notify_all()
+        if not self._kept:
+            # All, not one: only the putter whose index came into the window can go on, and any one might be woken.
+            self._room.notify_all()
         if self._end is not None:
             self._ready.notify_all()
         elif self._next in self._items:
