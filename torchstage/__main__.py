@@ -14,8 +14,8 @@ def main() -> None:
         help="train a click model on UCI Adult, plain and staged",
         description="Train plain and staged; compare.",
     )
-    demo.add_argument("--epochs", type=int, default=3, help="epochs of each (default: %(default)s)")
-    demo.add_argument("--batch-size", type=int, default=512, help="rows in a step (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=6, help="epochs of each (default: %(default)s)")
+    demo.add_argument("--batch-size", type=int, default=1024, help="rows in a step (default: %(default)s)")
     demo.add_argument("--threads", type=int, default=1, help="num_threads of the stage (default: %(default)s)")
     demo.add_argument("--capacity", type=int, default=4, help="capacity of the buffer (default: %(default)s)")
     args = parser.parse_args()

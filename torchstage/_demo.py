@@ -101,7 +101,7 @@ class Run:
 
 
 def run_demo(
-    epochs: int = 3, batch_size: int = 512, num_threads: int = 1, capacity: int = 4, rows: int | None = None
+    epochs: int = 6, batch_size: int = 1024, num_threads: int = 1, capacity: int = 4, rows: int | None = None
 ) -> str:
     """Train plain and staged, epoch by epoch in turn, and return the report.
 
