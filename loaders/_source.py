@@ -8,14 +8,14 @@ and a tensor that is overwritten all the same is found by its version before it 
 
 import collections
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchstage._structure import flatten, hand_out, is_text_leaf, unflatten
+from torchstage._structure import flatten, hand_out, is_constant, is_text_leaf, is_tracked, unflatten
 from torchstage.errors import BatchOverwrittenError
 
 
@@ -54,12 +54,15 @@ class Source:
     Args:
         iterator: the user's iterator.
         window: how many batches may be in flight at once.
+        reuses: whether the iterator may reuse the memory of its batches; a list of batches does not, and what the step
+            writes into one of them shall be there in the next epoch.
         pushed_back: outcomes of an earlier pass over the same one-shot iterator that nobody has seen.
     """
 
-    def __init__(self, iterator: Iterator[Any], window: int, pushed_back: list[Any]) -> None:
+    def __init__(self, iterator: Iterator[Any], window: int, pushed_back: list[Any], reuses: bool = True) -> None:
         self._iterator = iterator
-        self._probation = window + 1
+        self._reuses = reuses
+        self._probation = window + 1 if reuses else 0
         self._pushed_back = collections.deque(pushed_back)
         self._recent: collections.deque[dict[int, _Memory]] = collections.deque(maxlen=window + 1)
         self._copying = False
@@ -102,10 +105,10 @@ class Source:
             self._recent.clear()
             raise
         addresses = [_address(leaf) for leaf in leaves]
-        self._copying = self._copying or any(a is not None and self._is_reused(a) for a in addresses)
+        self._copying = self._reuses and (self._copying or any(a is not None and self._is_reused(a) for a in addresses))
         copy = self._copying or self._probation > 0
         self._probation -= 1
-        own = [hand_out(leaf, copy) for leaf in leaves]
+        own = _hand_out_all(leaves, copy)
         if self._copying:
             self._recent.clear()
         else:
@@ -113,12 +116,58 @@ class Source:
             self._recent.append(
                 {a: _Memory(leaf, None if copy else mine) for a, leaf, mine in watched if a is not None}
             )
-        versions = [(leaf, leaf._version) for leaf in own if isinstance(leaf, torch.Tensor) and not leaf.is_inference()]
+        versions = [(t, t._version) for t in _tensors_in(own) if not t.is_inference()] if self._reuses else []
         texts = frozenset([id(leaf) for leaf in own if is_text_leaf(leaf)])
         return Batch(unflatten(own, spec), own, texts, versions)
 
     def _is_reused(self, address: int) -> bool:
         return any(address in memories and memories[address].alive() for memories in self._recent)
+
+
+def _tensors_in(leaves: list[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors whose version tells if the loader wrote into them.
+
+    They are alone in their memory, since a slice's version moves with its neighbours'. Those inside objects that are no
+    containers to pytree are among them.
+    """
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            if (
+                leaf.layout is not torch.strided
+                or leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+            ):
+                yield leaf
+        elif not is_tracked(leaf) and not is_constant(leaf):
+            fields = leaf.values() if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {}).values()
+            yield from (field for field in fields if isinstance(field, torch.Tensor))
+
+
+def _hand_out_all(leaves: list[Any], copy: bool) -> list[Any]:
+    """Hand out ``leaves``: one object stays one object, and tensors that share memory go on sharing it."""
+    groups: dict[int, list[torch.Tensor]] = {}
+    for leaf in {id(leaf): leaf for leaf in leaves}.values():
+        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.numel() and not leaf.requires_grad:
+            groups.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
+    done: dict[int, Any] = {}
+    for group in groups.values():
+        if copy and len(group) > 1:
+            first = [t.storage_offset() * t.element_size() for t in group]
+            last = [
+                a + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+                for a, t in zip(first, group, strict=True)
+            ]
+            low, high = min(first) // 16 * 16, max(last)
+            old = torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage(), low, (high - low,), (1,))
+            memory = old.clone().untyped_storage()
+            for start, t in zip(first, group, strict=True):
+                offset = (start - low) // t.element_size()
+                done[id(t)] = torch.empty(0, dtype=t.dtype).set_(memory, offset, t.shape, t.stride())
+    own = []
+    for leaf in leaves:
+        if id(leaf) not in done:
+            done[id(leaf)] = hand_out(leaf, copy)
+        own.append(done[id(leaf)])
+    return own
 
 
 class _Memory:

@@ -218,7 +218,8 @@ class _Shared:
             self.stop()
         options = self.options
         window = options.capacity + options.num_threads + options.num_clients
-        source = Source(iterator, window, self._pushed_back if one_shot else [])
+        reuses = not isinstance(self.loader, (list, tuple))
+        source = Source(iterator, window, self._pushed_back if one_shot else [], reuses)
         self._pushed_back = []
         epoch = _Epoch(self, Pipeline(source, self.stager, options, self.recorder), one_shot)
         self._epochs.append(epoch)

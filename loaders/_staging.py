@@ -9,11 +9,12 @@ import torch
 import torch.fx
 
 from torchstage._mode import Mode
-from torchstage._structure import TreeSpec, is_tracked, unflatten
+from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._capture import Capture
+from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._guards import Guards
 from torchstage.transforms._lift import Lifted, lift
 from torchstage.transforms._plan import Plan
@@ -53,6 +54,8 @@ class Parts:
     ) -> None:
         self.in_spec = capture.in_spec
         self.constants = capture.constants
+        effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
+        self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
         self.guards = Guards(model, capture)
         self.lifted: Lifted = lift(capture, plan)
         self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
@@ -68,6 +71,10 @@ class Parts:
         """Say why a call with these leaves is not the one that was captured, or None."""
         if len(leaves) != self._leaf_count or spec != self.in_spec:
             return "the arguments have another structure than at capture"
+        if self._writes:
+            memories = [memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            if len(set(memories)) < len(memories):
+                return "parts of the batch share memory and the forward writes in place"
         for position, value in self.constants.items():
             leaf = leaves[position]
             if type(leaf) is not type(value) or leaf != value:

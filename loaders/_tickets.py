@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from torchstage._mode import Mode
-from torchstage._structure import Snapshot, TreeSpec, is_text_leaf
+from torchstage._structure import Snapshot, TreeSpec, flatten, is_text_leaf, memory_of
 from torchstage.loaders._staging import Parts, Staging
 
 
@@ -39,16 +39,20 @@ class Ticket:
         self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
         self._weak = [_is_weak(leaf) for leaf in leaves]
         self._snapshots: list[tuple[int, Snapshot]] = []
-        self._versions: list[tuple[str, torch.Tensor, int]] = []
+        self._versions: list[tuple[str, torch.Tensor, Any]] = []
         self._values: list[Any] = []
         self._value_versions: list[tuple[torch.Tensor, int]] = []
+        self._given: set[object] = set()
+        self._fragile = False
 
     def fill(self, parts: Parts, leaves: Sequence[Any]) -> None:
         """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one."""
         self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.lifted.stage.inputs]
-        self._versions = [(name, tensor, tensor._version) for name, tensor in parts.reads]
+        self._versions = [(name, tensor, _state_of(tensor)) for name, tensor in parts.reads]
         self._values = parts.run_stage(leaves)
         self._value_versions = [(v, v._version) for v in self._values if isinstance(v, torch.Tensor)]
+        self._given = {memory_of(value) for value, _ in self._value_versions}
+        self._fragile = not all(isinstance(value, _LASTING) for value in self._values)
 
     def refuse(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[str, Any] | None:
         """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""
@@ -64,7 +68,7 @@ class Ticket:
             if not snapshot.holds(leaves[position]):
                 return "batch written", None
         for name, tensor, version in self._versions:
-            if tensor._version != version or tensor.requires_grad:
+            if tensor.requires_grad or _state_of(tensor) != version:
                 return "frozen state changed", name
         for value, version in self._value_versions:
             if value._version != version:
@@ -76,7 +80,13 @@ class Ticket:
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the main graph of a call that was not refused."""
         assert self.staging.parts is not None
-        return self.staging.parts.run_main(leaves, self._values)
+        result = self.staging.parts.run_main(leaves, self._values)
+        # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
+        if self._fragile or any(
+            isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in flatten(result)[0]
+        ):
+            self.flaw = "staged value given away by an earlier call"
+        return result
 
     def texts(self) -> list[int]:
         """Return the ids of the columns of text among the leaves."""
@@ -95,7 +105,7 @@ class Ticket:
             return False
         for leaf, mine, weak in zip(leaves, self._leaves, self._weak, strict=True):
             known = mine() if weak else mine
-            if known is not leaf and (identifies(leaf) or known != leaf):
+            if known is not leaf and (identifies(leaf) or type(known) is not type(leaf) or known != leaf):
                 return False
         return True
 
@@ -162,5 +172,15 @@ def identifies(leaf: object) -> bool:
     return isinstance(leaf, np.ndarray) or is_text_leaf(leaf)
 
 
+def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Its version, and its memory, which an assignment to ``.data`` replaces without a new version."""
+    storage = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+    return tensor._version, storage, tensor.dtype
+
+
 def _is_weak(leaf: object) -> bool:
     return isinstance(leaf, (torch.Tensor, np.ndarray))
+
+
+# What a forward cannot change in place, but for tensors, whose version tells.
+_LASTING = (torch.Tensor, int, float, str, bytes, tuple, type(None), torch.dtype, torch.device)

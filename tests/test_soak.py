@@ -39,9 +39,9 @@ def delays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     for name in ("put", "take", "skip"):
         original = getattr(Channel, name)
 
-        def delayed(*args: Any, original: Any = original, name: str = name) -> Any:
+        def delayed(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
             delay(f"before {name}")
-            result = original(*args)
+            result = original(*args, **kwargs)
             delay(f"after {name}")
             return result
 

@@ -227,12 +227,12 @@ def test_a_source_that_has_ended_holds_no_batch() -> None:
 
 
 def test_a_late_overwrite_is_an_error_that_names_the_batch_and_the_way_out() -> None:
-    data = torch.arange(8.0 * BATCHES)
-    read = source(data.split(8))
+    data = [torch.full((8,), float(i)) for i in range(BATCHES)]
+    read = source(iter(data))
     batches = [read.next() for _ in range(BATCHES)]
     for index, batch in enumerate(batches):
         batch.check_not_overwritten(index)
-    data[8 * 10] = -1.0
+    data[10][0] = -1.0
     with pytest.raises(BatchOverwrittenError) as caught:
         batches[10].check_not_overwritten(10)
     assert str(caught.value) == (

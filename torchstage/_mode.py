@@ -5,7 +5,7 @@ Read before every staged step, hence plain tuples.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ class Ambient(NamedTuple):
     dtype: torch.dtype
     device: torch.device | None
     threads: int
+    kernels: tuple[Any, ...]
 
     @classmethod
     def now(cls, *, with_device: bool = True) -> "Ambient":
@@ -34,6 +35,14 @@ class Ambient(NamedTuple):
             # the thread has any mode.
             torch.get_default_device() if with_device and torch._C._len_torch_function_stack() else None,
             torch.get_num_threads(),
+            (
+                torch._C._get_math_sdp_enabled(),
+                torch._C._get_flash_sdp_enabled(),
+                torch._C._get_mem_efficient_sdp_enabled(),
+                torch._C._get_mkldnn_enabled(),
+                torch._C._get_deterministic_algorithms(),
+                torch.get_float32_matmul_precision(),
+            ),
         )
 
     @contextlib.contextmanager
@@ -93,5 +102,6 @@ _WORDS = {
     "autocast_cache": "autocast cache",
     "dtype": "default dtype",
     "device": "default device",
+    "kernels": "choice of kernels (SDPA, oneDNN, determinism, matmul precision)",
     "threads": "number of intra-op threads",
 }

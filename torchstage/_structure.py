@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 TreeSpec = pytree.TreeSpec
@@ -109,6 +110,13 @@ def is_tracked(leaf: object) -> bool:
     return isinstance(leaf, (np.ndarray, int, float)) or is_text_leaf(leaf)
 
 
+def memory_of(tensor: torch.Tensor) -> object:
+    """Return what tells the memory of a tensor: equal for tensors that share it."""
+    if tensor.layout is not torch.strided or is_lazy(tensor):
+        return id(tensor)
+    return ("memory", tensor.untyped_storage()._cdata)
+
+
 def hand_out(leaf: Any, copy: bool) -> Any:
     """Return an object of the same type and content as ``leaf`` that nobody else holds.
 
@@ -118,7 +126,10 @@ def hand_out(leaf: Any, copy: bool) -> Any:
     if isinstance(leaf, torch.Tensor):
         if leaf.requires_grad:
             return leaf
-        return _copy_tensor(leaf) if copy else leaf.detach()
+        own = _copy_tensor(leaf) if copy else leaf.detach()
+        if leaf.__dict__:
+            own.__dict__.update(leaf.__dict__)  # what a loader has pinned to its tensors
+        return own
     if isinstance(leaf, np.ndarray):
         return _copy_array(leaf) if copy else leaf.view()
     return _copy_text(leaf) if is_text_leaf(leaf) else leaf

@@ -7,6 +7,7 @@ import torch
 import torch.fx
 
 from torchstage import markers
+from torchstage._structure import memory_of
 from torchstage.errors import MarkError
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
@@ -105,6 +106,7 @@ class _Analysis:
         self._effects: dict[torch.fx.Node, Effect] = {}
         self._verdicts: dict[torch.fx.Node, _Verdict] = {}
         self._written = 0
+        self._trained = {memory_of(t) for t in capture.trained}
         self._dirty: dict[int, torch.fx.Node] = {}
 
     def run(self) -> dict[torch.fx.Node, _Verdict]:
@@ -127,7 +129,7 @@ class _Analysis:
         for source in node.all_input_nodes:
             roots |= self._roots[source]
         for _, tensor in self._own_state(node):
-            roots |= self._bit(id(tensor))
+            roots |= self._bit(memory_of(tensor))
         return roots or self._bit(node)
 
     def _writes_of(self, node: torch.fx.Node) -> int:
@@ -135,7 +137,7 @@ class _Analysis:
         if kind in (Kind.WRITES, Kind.UNKNOWN):
             return self._roots[node]
         if kind is Kind.UPDATES:
-            return sum({self._bit(id(tensor)) for _, tensor in self._own_state(node)})
+            return sum({self._bit(memory_of(tensor)) for _, tensor in self._own_state(node)})
         return 0
 
     def _bit(self, key: object) -> int:
@@ -177,9 +179,9 @@ class _Analysis:
         if node.op == "placeholder":
             return None if self._watched(input_position(node)) else _Verdict(effect, Reason.INPUT)
         for name, tensor in self._own_state(node):
-            if tensor.requires_grad:
+            if tensor.requires_grad or memory_of(tensor) in self._trained:
                 return _Verdict(effect, Reason.TRAINED, f"`{name}`")
-            if self._written & self._bit(id(tensor)):
+            if self._written & self._bit(memory_of(tensor)):
                 return _Verdict(effect, Reason.WRITTEN, f"`{name}`")
             if name in self._changing:
                 return _Verdict(effect, Reason.CHANGING, f"`{name}`")

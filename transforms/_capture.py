@@ -11,15 +11,13 @@ forward, or there is none and `UntraceableError` says why.
 """
 
 import dataclasses
-import inspect
-import operator
-import random
-import types
+import functools
+import gc
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx
 from torch.fx.proxy import Proxy, Scope, TracerBase
@@ -28,7 +26,10 @@ from torch.utils import _device
 
 from torchstage._mode import Ambient
 from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
+from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._mirror import Mirror, UntraceableError
+from torchstage.transforms._value import Value
+from torchstage.transforms._watch import PythonRandomUntouched, Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Capture:
     inlined: tuple[str, ...]
     attributes: tuple[tuple[str, str, Any], ...]
     measured: tuple[torch.Tensor, ...]
+    trained: tuple[torch.Tensor, ...] = ()
+    globals: tuple[tuple[Any, str, Any], ...] = ()
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
@@ -68,6 +71,8 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
     Raises:
         UntraceableError: the forward as a whole cannot be expressed as a graph.
     """
+    if has_global_hooks():
+        raise UntraceableError("hooks on all modules are set")
     if "forward" in model.__dict__:
         raise UntraceableError("forward is set on the instance, so it cannot be run on a copy of the model")
     opaque: dict[str, str] = {}
@@ -77,8 +82,8 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
             return tracer.run(tuple(args), kwargs)
         except Exception as error:
             if not tracer.failed:
-                raise UntraceableError(_sentence(error)) from error
-            opaque = {**opaque, tracer.failed: _sentence(tracer.failure or error)}
+                raise UntraceableError(sentence(error)) from error
+            opaque = {**opaque, tracer.failed: sentence(tracer.failure or error)}
 
 
 class _Tracer(TracerBase):
@@ -92,9 +97,13 @@ class _Tracer(TracerBase):
         self.node_name_to_scope: dict[str, tuple[str, type]] = {}
         self.failed: str | None = None
         self.failure: Exception | None = None
+        self.asking = False
+        self.refused: UntraceableError | None = None
+        self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._model = model
         self._opaque = opaque
         self._modules = dict(model.named_modules())
+        self._proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
         self._mirror = Mirror(model, self)
         self._names = {id(tensor): name for name, tensor in _tensors_of(model)}
         self._state: dict[str, torch.Tensor] = {}
@@ -110,19 +119,20 @@ class _Tracer(TracerBase):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         leaves, in_spec = flatten((args, kwargs))
         constants = {i: leaf for i, leaf in enumerate(leaves) if is_constant(leaf)}
-        inputs = [
-            leaf if i in constants else self.create_proxy("placeholder", f"input_{i}", (), {})
-            for i, leaf in enumerate(leaves)
-        ]
+        inputs = [leaf if i in constants else self._placeholder(i, leaf) for i, leaf in enumerate(leaves)]
         traced_args, traced_kwargs = unflatten(inputs, in_spec)
-        with _python_random_untouched(), _Recorder(self):
+        with PythonRandomUntouched(), Watch(self), _Recorder(self):
             result = self._mirror.root.forward(*traced_args, **traced_kwargs)
+        if self.refused is not None:  # the forward caught the exception
+            raise self.refused
         if self.failure is not None:  # a submodule failed and the forward caught its exception
             raise self.failure
         self._mirror.check_containers()
         outputs, out_spec = flatten(result)
         self.graph.output(self.create_arg(outputs))
         self.graph.lint()
+        del result, outputs, inputs, traced_args, traced_kwargs
+        self._check_none_escaped()
         return Capture(
             graph=self.graph,
             in_spec=in_spec,
@@ -135,17 +145,41 @@ class _Tracer(TracerBase):
             inlined=tuple(self._inlined),
             attributes=tuple((path, name, value) for (path, name), value in self._attributes.items()),
             measured=tuple(self._measured.values()),
+            trained=tuple(p for p in self._model.parameters() if p.requires_grad),
+            globals=tuple(self.globals.values()),
         )
+
+    def _check_none_escaped(self) -> None:
+        """Refuse a forward that keeps a value beyond its end: it would keep a proxy, and only at capture."""
+        if self._proxies:
+            gc.collect()
+        if not self._proxies:
+            return
+        escaped = {id(value) for value in self._proxies}
+        for thing in gc.get_objects():
+            if type(thing) is functools._lru_cache_wrapper:
+                held = gc.get_referents(thing)
+                held += [value for store in held if type(store) is dict for value in store.values()]
+                if escaped & {id(value) for value in [*held, *gc.get_referents(*held)]}:
+                    thing.cache_clear()
+        raise UntraceableError("forward keeps a value in a Python object or a cache")
+
+    def _placeholder(self, position: int, leaf: Any) -> Proxy:
+        proxy = self.create_proxy("placeholder", f"input_{position}", (), {})
+        proxy.node.meta["type"] = type(leaf)
+        return proxy
 
     def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._modules[path]
         if path in self._opaque or is_leaf(module):
             self._called[path] = module
-            return self.create_proxy("call_module", path, args, kwargs)
+            result = self.create_proxy("call_module", path, args, kwargs)
+            result.node.meta["module"] = module
+            return result
         self._inlined[path] = None
         self._path.append(path)
         try:
-            with _python_random_untouched():
+            with PythonRandomUntouched():
                 return stand_in.forward(*args, **kwargs)
         except Exception as error:
             if self.failure is None:
@@ -157,11 +191,16 @@ class _Tracer(TracerBase):
     def read_attribute(self, path: str, name: str, value: Any) -> None:
         self._attributes[path, name] = value
 
+    def read_class_attribute(self, owner: Any, name: str, value: Any) -> None:
+        self.globals.setdefault((id(owner), name), (owner, name, value))
+
     def read_metadata(self, tensor: torch.Tensor) -> None:
         self._measured[id(tensor)] = tensor
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
-        return _Value(node, self)
+        value = Value(node, self)
+        self._proxies.add(value)
+        return value
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
@@ -179,7 +218,7 @@ class _Tracer(TracerBase):
                 raise UntraceableError(f"forward changes the {changed}")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["path"] = self._path[-1]
-        node.meta["source"] = _user_line()
+        node.meta["source"] = user_line()
         return node
 
     def _state_node(self, tensor: torch.Tensor) -> torch.fx.Node:
@@ -234,26 +273,6 @@ class _Recorder(TorchFunctionMode):
         return self._tracer.create_proxy("call_function", getattr, (args[0], field), {})
 
 
-class _Value(Proxy):
-    """A proxy that records in-place operators and item assignment, which `torch.fx` records as pure ones or refuses."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _in_place(name: str) -> Callable[[Any, Any], Any]:
-    function = getattr(operator, name)
-
-    def record(self: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Value, f"__{_name}__", _in_place(_name))
-
-
 def is_leaf(module: torch.nn.Module) -> bool:
     """Whether a submodule is called as a whole: torch's own layers, and any whose call does more than its forward."""
     if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
@@ -271,25 +290,15 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-class _python_random_untouched:
-    """Refuse a forward that draws from Python's or NumPy's generators: the draw would be done once, at capture."""
-
-    def __enter__(self) -> None:
-        self._before = _generators()
-
-    def __exit__(self, *exc: object) -> None:
-        before, after = self._before, _generators()
-        if before[1] != after[1]:
-            random.setstate(before[1])
-        if before[3] != after[3]:
-            np.random.set_state(before[2])
-        if before[1:2] + before[3:] != after[1:2] + after[3:]:
-            raise UntraceableError("forward draws from Python's or NumPy's random generator")
-
-
-def _generators() -> tuple[Any, ...]:
-    legacy: Any = np.random.get_state()
-    return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
+def has_global_hooks() -> bool:
+    """Whether every module's call runs hooks besides its forward."""
+    hooks = torch.nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
 
 
 def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -304,52 +313,6 @@ def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return list(seen.values())
 
 
-def _user_line() -> str:
-    """Return ``file:line`` of the innermost frame of the user's code."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if _is_users(frame):
-            return _line(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back
-    return ""
-
-
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, UntraceableError):
-        return str(error)
-    lines = str(error).splitlines()
-    where = _raised_at(error)
-    return f"{type(error).__name__}: {lines[0] if lines else ''}{f' ({where})' if where else ''}"
-
-
-def _raised_at(error: BaseException) -> str:
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        if _is_users(trace.tb_frame):
-            found = _line(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
-
-
-def _is_users(frame: types.FrameType) -> bool:
-    module = f"{frame.f_globals.get('__name__', '')}."
-    return not module.startswith(_NOT_USERS)
-
-
-def _line(filename: str, line: int) -> str:
-    return f"{filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}"
-
-
-_NOT_USERS = (
-    "torch.",
-    "torchstage.transforms.",
-    "torchstage.loaders.",
-    "torchstage.ops.",
-    "torchstage._ops.",
-    "torchstage.markers.",
-    "torchstage._structure.",
-)
 # Calls that make a tensor from no tensor. `torch.overrides` has no list of them; a missing one is found by `_call`.
 _FACTORIES = frozenset(
     "arange as_tensor bartlett_window blackman_window complex empty empty_strided eye full hamming_window hann_window "

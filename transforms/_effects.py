@@ -72,6 +72,8 @@ def module_effect(module: nn.Module) -> Effect:
     for part in module.modules():
         if not type(part).__module__.startswith("torch.nn.modules."):
             return Effect(Kind.UNKNOWN, f"calls the {type(part).__name__} module as a whole")
+        if isinstance(part, nn.LSTM):  # its oneDNN form differs in the last bit between grad modes
+            return Effect(Kind.UNKNOWN, "computes other bits with grad mode off")
         if _draws(part):
             return Effect(Kind.RANDOM)
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.running_mean is not None:
@@ -130,6 +132,10 @@ def _method_effect(name: str, node: torch.fx.Node) -> Effect:
 def _torch_effect(name: str, node: torch.fx.Node) -> Effect:
     if name in _VIEWS or name in _METADATA:
         return Effect(Kind.FREE)
+    if node.kwargs.get("requires_grad") is True:
+        return Effect(Kind.UNKNOWN, "makes a leaf of the autograd graph")
+    if node.kwargs.get("max_norm") is not None:
+        return Effect(Kind.WRITES, "rows of the table are renormalised (max_norm)")
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return Effect(Kind.WRITES)
     if name in _ALIKE:
@@ -218,7 +224,8 @@ _ALIKE = frozenset(
 )
 _NOT_PURE = frozenset("backward retain_grad set_data register_hook requires_grad_ data_ptr Size".split())
 _RANDOM_COMPOSITES = frozenset(
-    "gumbel_softmax dropout1d dropout2d dropout3d fractional_max_pool2d_with_indices".split()
+    "gumbel_softmax fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices lstm gru rnn_tanh "
+    "rnn_relu dropout1d dropout2d dropout3d".split()
 )
 # Operations that draw or write only when an argument says so: (its name, its position in the functional form).
 _SWITCHED_OFF: dict[str, tuple[str | None, int]] = {

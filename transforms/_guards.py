@@ -4,13 +4,18 @@ A graph holds the model's Python side as it was: its submodules, its tensors, th
 changes one of them (replaces a table, anneals a temperature, adds a hook) gets the original forward, and a new capture.
 """
 
+import collections
 import enum
+import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from torchstage.transforms._capture import Capture, has_hooks
+from torchstage.transforms._capture import Capture, has_global_hooks, has_hooks
+from torchstage.transforms._mirror import MISSING
 
 
 class Guards:
@@ -27,12 +32,36 @@ class Guards:
         self._same: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._equal: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._items: list[tuple[Any, tuple[Any, ...], str]] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self._seen: set[int] = set()
         for path in [*capture.inlined, *capture.modules]:
             self._add_module(modules, path)
         for name, tensor in capture.state.items():
             if name not in capture.foreign:
                 self._add_tensor(modules, name, tensor)
+        for owner, name, value in capture.globals:
+            self._add_value(owner, name, value, name)
+        self._registered = [
+            (owner, tuple(owner.items()), f"{path}.{label}" if path else label)
+            for path, module in _watched(modules, capture)
+            for owner, label in (
+                (module._modules, "its submodules"),
+                (module._parameters, "its parameters"),
+                (module._buffers, "its buffers"),
+            )
+            if owner or isinstance(module, _CONTAINERS)
+        ]
+        self._root = model
+        for path in capture.modules:  # a whole layer is configured by its attributes
+            for inner, layer in modules[path].named_modules(prefix=path):
+                for key, value in vars(layer).items():
+                    if is_scalar(value) and key != "training":
+                        self._equal.append((vars(layer), key, value, f"{inner}.{key}"))
+        self._missing: list[tuple[torch.nn.Module, str]] = []
         for path, name, value in capture.attributes:
+            if value is MISSING:
+                self._missing.append((modules[path], name))
+                continue
             self._add_value(vars(modules[path]), name, value, f"{path}.{name}" if path else name)
         self._measured = [(t, t.shape, t.dtype, t.device) for t in capture.measured]
 
@@ -51,6 +80,17 @@ class Guards:
         for module in self._inlined:
             if has_hooks(module) or "forward" in module.__dict__:
                 return "a hook or a forward was set on a submodule"
+        if has_global_hooks() or "forward" in self._root.__dict__:
+            return "a hook on all modules or a forward was set"
+        for owner, items, name in self._registered:
+            if len(owner) != len(items) or any(owner.get(key, owner) is not value for key, value in items):
+                return f"{name} changed"
+        for module, name in self._missing:
+            if hasattr(module, name):
+                return f"attribute `{name}` was set"
+        for array, content in self._arrays:
+            if array.tobytes() != content:
+                return "the contents of an array changed"
         for tensor, shape, dtype, device in self._measured:
             if tensor.dtype != dtype or tensor.device != device or tensor.shape != shape:
                 return "a tensor of the model changed its shape, dtype or device"
@@ -75,12 +115,48 @@ class Guards:
             self._equal.append((owner, key, value, name))
             return
         self._same.append((owner, key, value, name))
-        if isinstance(value, (list, dict, set)):
+        self._add_inside(value, name)
+
+    def _add_inside(self, value: Any, name: str) -> None:
+        """Guard what a value holds: containers, arrays and the fields of plain objects, up to so many in all."""
+        if len(self._seen) > _MOST_VALUES or _is_librarys(value):
+            return
+        if id(value) in self._seen or isinstance(value, (type, types.ModuleType, torch.Tensor)) or callable(value):
+            return
+        self._seen.add(id(value))
+        if isinstance(value, np.ndarray):
+            if value.nbytes <= _MOST_BYTES:
+                self._arrays.append((value, value.tobytes()))
+        elif isinstance(value, (list, dict, set, collections.deque)):
             self._items.append((value, tuple(_flat(value)), name))
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module, torch.Tensor)):
-            # a configuration object: one level of its plain values
-            fields = vars(value)
-            self._equal += [(fields, k, v, f"{name}.{k}") for k, v in fields.items() if is_scalar(v)]
+            for item in _flat(value):
+                self._add_inside(item, name)
+        elif isinstance(value, tuple):
+            for item in value:
+                self._add_inside(item, name)
+        elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
+            for key, item in vars(value).items():
+                self._add_value(vars(value), key, item, f"{name}.{key}")
+
+
+def _watched(modules: dict[str, torch.nn.Module], capture: Capture) -> Iterable[tuple[str, torch.nn.Module]]:
+    """Yield the modules whose registered tensors and submodules a graph holds: not those that it calls as a whole.
+
+    A layer that is called reads its tensors itself, but for a frozen one, which the stage may read.
+    """
+    for path, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        inside = any(path == called or path.startswith(f"{called}.") for called in capture.modules)
+        frozen = inside and not any(parameter.requires_grad for parameter in module.parameters())
+        if frozen or (not inside and (path in capture.inlined or isinstance(module, _CONTAINERS))):
+            yield path, module
+
+
+def _is_librarys(value: object) -> bool:
+    """Whether ``value`` is an object of the standard library's, such as a logger, whose fields are its own affair."""
+    home = type(value).__module__.partition(".")[0]
+    return home in sys.stdlib_module_names and home not in ("builtins", "collections", "types", "__main__")
 
 
 def is_scalar(value: object) -> bool:
@@ -104,3 +180,14 @@ def _flat(container: Any) -> Iterable[Any]:
 def _same_items(container: Any, items: tuple[Any, ...]) -> bool:
     now = tuple(_flat(container))
     return len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True))
+
+
+_CONTAINERS = (
+    torch.nn.ModuleList,
+    torch.nn.ModuleDict,
+    torch.nn.Sequential,
+    torch.nn.ParameterList,
+    torch.nn.ParameterDict,
+)
+_MOST_VALUES = 1000
+_MOST_BYTES = 1 << 20  # of an array: its contents are compared before every step

@@ -9,7 +9,11 @@ again. An assignment stops the trace; a change inside a list or dict is done to 
 `Mirror.check_containers`.
 """
 
-from collections.abc import Callable, Iterator
+import collections
+import copy as copying
+import enum
+import types
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +21,10 @@ import torch
 
 class UntraceableError(Exception):
     """The forward does something that a graph cannot express. The message is shown in the plan."""
+
+
+MISSING = object()
+"""Stands for the value of an attribute that is not there."""
 
 
 class Observer(Protocol):
@@ -27,6 +35,9 @@ class Observer(Protocol):
 
     def read_attribute(self, path: str, name: str, value: Any) -> None:
         """Note that the forward read a Python attribute."""
+
+    def read_class_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Note that the forward read data of a class, which ``owner`` is the dictionary of."""
 
 
 class Mirror:
@@ -39,7 +50,7 @@ class Mirror:
     def __init__(self, model: torch.nn.Module, observer: Observer) -> None:
         self._observer = observer
         self._stand_ins: dict[int, Any] = {}
-        self._containers: dict[int, tuple[str, Any, Any]] = {}
+        self._containers: dict[int, tuple[Any, str, Any, list[Any]]] = {}
         for path, module in model.named_modules():
             self._stand_ins[id(module)] = _stand_in(module, path, self)
         for stand_in in self._stand_ins.values():
@@ -58,23 +69,61 @@ class Mirror:
         if isinstance(value, torch.nn.Module) and not isinstance(value, _StandIn):
             raise UntraceableError(f"self.{name} is a module that is not registered in the model")
         self._observer.read_attribute(stand_in.__dict__[_PATH], name, value)
-        if type(value) not in _CONTAINERS:
-            return value
-        if id(value) not in self._containers:
-            copy = self._copy_container(value)
-            self._containers[id(value)] = (name, copy, type(copy)(copy))
-        return self._containers[id(value)][1]
+        if hasattr(type(value), "__next__"):
+            raise UntraceableError(f"self.{name} is an iterator")
+        return self._copy(value, name)
+
+    def read_class(self, cls: type, name: str, value: Any) -> None:
+        """Report the read of a class attribute."""
+        self._observer.read_class_attribute(vars(cls), name, value)
+
+    def missed(self, stand_in: Any, name: str) -> None:
+        """Report that the forward looked for an attribute that is not there."""
+        self._observer.read_attribute(stand_in.__dict__[_PATH], name, MISSING)
 
     def check_containers(self) -> None:
-        """Raise `UntraceableError` if the forward changed a list, dict or set that it read from a module."""
-        for name, copy, before in self._containers.values():
-            if len(copy) != len(before) or any(a is not b for a, b in zip(_items(copy), _items(before), strict=True)):
+        """Raise `UntraceableError` if the forward changed a container or object that it read from a module."""
+        for _, name, copy, before in self._containers.values():
+            now = list(_items(copy))
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 raise UntraceableError(f"forward changes the {type(copy).__name__} self.{name}")
 
-    def _copy_container(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return type(value)({k: self._stand_ins.get(id(v), v) for k, v in value.items()})
-        return type(value)([self._stand_ins.get(id(v), v) for v in value])
+    def _copy(self, value: Any, name: str) -> Any:
+        """Copy containers and plain objects to any depth; stand-ins for modules; everything else is itself."""
+        if id(value) in self._stand_ins:
+            return self._stand_ins[id(value)]
+        if id(value) in self._containers:
+            return self._containers[id(value)][2]
+        if type(value) is tuple:
+            items = tuple(self._copy(item, name) for item in value)
+            return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+        own = getattr(value, "__dict__", None)
+        kind: Any = type(value)
+        reduces = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+        plain = isinstance(own, dict) and reduces and not isinstance(value, enum.Enum)
+        if isinstance(value, torch.nn.Module) and not isinstance(value, _StandIn):
+            raise UntraceableError(f"self.{name} holds a module that is not registered in the model")
+        if isinstance(value, (type, types.ModuleType, torch.Tensor)) or callable(value):
+            return value
+        if isinstance(value, (list, dict, set, collections.deque)):
+            copy = copying.copy(value)
+        elif plain:
+            copy = object.__new__(type(value))
+            copy.__dict__.update(own)
+        else:
+            return value
+        self._containers[id(value)] = (value, name, copy, [])
+        if isinstance(copy, dict):
+            for key, item in list(copy.items()):
+                copy[key] = self._copy(item, name)
+        elif isinstance(copy, (list, collections.deque)):
+            for position, item in enumerate(list(copy)):
+                copy[position] = self._copy(item, name)
+        elif not isinstance(copy, set):
+            for key, item in list(copy.__dict__.items()):
+                copy.__dict__[key] = self._copy(item, name)
+        self._containers[id(value)][3].extend(_items(copy))
+        return copy
 
 
 class _StandIn:
@@ -93,7 +142,21 @@ class _StandIn:
         if name.startswith("__") or name in _MACHINERY:
             return value
         own = super().__getattribute__("__dict__")
-        return own[_MIRROR].read(self, name, value) if name in own else value
+        if name in own:
+            return own[_MIRROR].read(self, name, value)
+        for cls in type(self).__mro__:
+            if name in vars(cls):
+                if vars(cls)[name] is value:  # data, not a method or property
+                    own[_MIRROR].read_class(cls, name, value)
+                break
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            self.__dict__[_MIRROR].missed(self, name)
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise UntraceableError(f"forward assigns self.{name}")
@@ -119,12 +182,13 @@ def _items(container: Any) -> Iterator[Any]:
     if isinstance(container, dict):
         for pair in container.items():
             yield from pair
-    else:
+    elif isinstance(container, (list, set, collections.deque)):
         yield from container
+    else:
+        yield from _items(vars(container))
 
 
 _PATH = "_torchstage_path"
 _MIRROR = "_torchstage_mirror"
-_CONTAINERS: tuple[Callable[..., Any], ...] = (list, dict, set)
 # nn.Module's own bookkeeping, and the flag that a capture's mode already holds
 _MACHINERY = frozenset([*vars(torch.nn.Module()), _PATH, _MIRROR])

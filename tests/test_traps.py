@@ -1,0 +1,419 @@
+"""Forwards and training loops that once gave other numbers, or could: each trains plain and staged, and must be equal.
+
+Most are not staged as a whole, or fall back; what counts is that no step is silently wrong.
+"""
+
+import collections
+import copy
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import torchstage
+from tests.support import assert_same
+
+STEP = 0
+CONFIG = {"scale": 1.0}
+Between = Callable[[int, Any, Any], object]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 3)
+        self.setup()
+
+    def setup(self) -> None:
+        pass
+
+    def pre(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(x.abs())
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.lin(self.pre(x))
+
+
+def model(forward: Callable[..., Any], setup: Callable[[Any], object] = lambda self: None) -> nn.Module:
+    torch.manual_seed(0)
+    made: nn.Module = type("Made", (Model,), {"forward": forward, "setup": setup})()
+    return made
+
+
+def batches(count: int = 6) -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 8, generator=generator) for _ in range(count)]
+
+
+def leaves_of(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def trained(net: Any, loader: Any, between: Between | None, call: Any, epochs: int) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    torch.manual_seed(1)
+    seen: list[torch.Tensor] = []
+    step = 0
+    for _ in range(epochs):
+        for batch in loader:
+            if between is not None:
+                between(step, net, batch)
+            optimizer.zero_grad()
+            outputs = leaves_of(call(net, batch))
+            sum(output.abs().sum() for output in outputs if output.requires_grad).backward()  # type: ignore[union-attr]
+            seen += [output.detach().clone() for output in outputs]
+            seen += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+            optimizer.step()
+            seen += [value.clone() for value in net.state_dict().values()]
+            step += 1
+    return seen
+
+
+def check(
+    net: nn.Module,
+    between: Between | None = None,
+    make: Callable[[], Any] = batches,
+    call: Callable[[Any, Any], Any] = lambda net, batch: net(batch),
+    epochs: int = 2,
+    twin: nn.Module | None = None,
+    **options: Any,
+) -> torchstage.StagedDataLoader:
+    global STEP
+    STEP = 0
+    twin = copy.deepcopy(net) if twin is None else twin
+    plain = trained(net, make(), between, call, epochs)
+    STEP = 0
+    staged, loader = torchstage.smart_stage(twin, make(), num_threads=2, capacity=3, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torchstage.errors.TorchstageWarning)
+        assert_same(plain, trained(staged, loader, between, call, epochs))
+    return loader
+
+
+class Sign(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def update(self, value: Any) -> None:
+        self.values.append(value)
+
+
+@functools.lru_cache
+def positions(count: int) -> torch.Tensor:
+    return torch.arange(count).float()
+
+
+def typed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.pre(x)
+    if isinstance(x, torch.Tensor) and torch.is_tensor(y):
+        y = y * 2
+    return self.lin(y)
+
+
+def seeded(self: Any, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(7)
+    return F.dropout(self.lin(self.pre(x)), 0.5)
+
+
+def with_math_kernel(self: Any, x: torch.Tensor) -> torch.Tensor:
+    query = self.pre(x).view(1, 2, 4, 4)
+    with sdpa_kernel(SDPBackend.MATH):
+        return self.lin(F.scaled_dot_product_attention(query, query, query).reshape(4, 8))
+
+
+def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        self.hist.add_(1.0)
+    return self.lin(self.pre(x) * torch.exp(-self.first).repeat(2))
+
+
+def with_history(self: Any) -> None:
+    self.register_buffer("hist", torch.zeros(8))
+    self.register_buffer("first", self.hist[:4])
+
+
+def kept(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    self.history.append(hidden)
+    return self.lin(hidden)
+
+
+def metered(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    self.meter.update(hidden)
+    return self.lin(hidden)
+
+
+def leaf_made(self: Any, x: torch.Tensor) -> Any:
+    extra = torch.zeros(1, requires_grad=True)
+    output = self.lin(self.pre(x) * (1 + extra)).tanh()
+    (grad,) = torch.autograd.grad(output.sum(), extra, create_graph=True)
+    return output * grad
+
+
+FORWARDS: dict[str, tuple[Any, Any]] = {
+    "custom autograd function": (lambda self, x: Sign.apply(self.lin(self.pre(x))), lambda self: None),
+    "reentrant checkpoint": (
+        lambda self, x: checkpoint(lambda t: self.lin(t).tanh(), self.first(self.pre(x)), use_reentrant=True),
+        lambda self: setattr(self, "first", nn.Linear(8, 8)),
+    ),
+    "type checks": (typed, lambda self: None),
+    "a generator seeded in forward": (seeded, lambda self: None),
+    "a choice of kernels in forward": (with_math_kernel, lambda self: None),
+    "a buffer that is a view of a written one": (counted, with_history),
+    "a tensor that is a parameter's data": (
+        lambda self, x: self.lin(self.pre(x)) * self.data.sum(),
+        lambda self: setattr(self, "data", self.lin.weight.data),
+    ),
+    "a deque that is appended to": (kept, lambda self: setattr(self, "history", collections.deque(maxlen=3))),
+    "an object that is updated": (metered, lambda self: setattr(self, "meter", Meter())),
+    "a cached helper": (lambda self, x: self.lin(self.pre(x) + positions(8)), lambda self: None),
+    "a leaf made in forward": (leaf_made, lambda self: None),
+    "max_norm of a buffer": (
+        lambda self, x: self.lin(
+            F.embedding((x[:, :8].abs() * 3).long().clamp(max=9).sum(1) % 10, self.rows, max_norm=0.9)
+        ),
+        lambda self: self.register_buffer("rows", torch.randn(10, 8)),
+    ),
+    "a frozen LSTM": (
+        lambda self, x: self.lin(self.rnn(self.pre(x).unsqueeze(0))[0][0]),
+        lambda self: setattr(self, "rnn", nn.LSTM(8, 8).requires_grad_(False)),
+    ),
+    "list contents of a batch": (lambda self, x: self.lin(self.pre(x)) * len(x[0].tolist()), lambda self: None),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_forward_with_effects_that_a_graph_does_not_show(name: str) -> None:
+    check(model(*FORWARDS[name]), twin=model(*FORWARDS[name]))  # a deep copy would part what shares memory
+
+
+def test_a_cached_helper_keeps_no_proxy() -> None:
+    positions.cache_clear()
+    check(model(lambda self, x: self.lin(self.pre(x) + positions(8))))
+    assert type(positions(8)) is torch.Tensor
+
+
+def set_global(step: int, *_: Any) -> None:
+    global STEP
+    STEP = step
+    CONFIG["scale"] = 1.0 + step
+
+
+def grow(step: int, net: Any, _: Any) -> None:
+    if step == 3:
+        torch.manual_seed(5)
+        net.layers.append(nn.Linear(8, 8))
+
+
+def through_layers(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    for layer in self.layers:
+        hidden = layer(hidden)
+    return self.lin(hidden)
+
+
+def with_gain(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    if self.gain is not None:
+        hidden = hidden * self.gain
+    return self.lin(hidden + self.extra if hasattr(self, "extra") else hidden)
+
+
+def set_gain(step: int, net: Any, _: Any) -> None:
+    if step == 3:
+        net.gain = nn.Parameter(torch.full((8,), 2.0))
+    if step == 7:
+        net.extra = 2.0
+
+
+def at_three(action: Callable[[Any], object]) -> Between:
+    return lambda step, net, _: action(net) if step == 3 else None
+
+
+CHANGES: dict[str, tuple[Any, Any, Between]] = {
+    "nested dict": (
+        lambda self, x: self.lin(self.pre(x)) * self.cfg["loss"]["a"],
+        lambda self: setattr(self, "cfg", {"loss": {"a": 1.0}}),
+        lambda step, net, _: net.cfg["loss"].update(a=1.0 + step),
+    ),
+    "nested namespace": (
+        lambda self, x: self.lin(self.pre(x)) * self.cfg.loss.a,
+        lambda self: setattr(self, "cfg", types.SimpleNamespace(loss=types.SimpleNamespace(a=1.0))),
+        lambda step, net, _: setattr(net.cfg.loss, "a", 1.0 + step),
+    ),
+    "module globals": (
+        lambda self, x: self.lin(self.pre(x)) * (1 + STEP) * CONFIG["scale"],
+        lambda self: None,
+        set_global,
+    ),
+    "class attribute": (
+        lambda self, x: self.lin(self.pre(x)) * self.temperature,
+        lambda self: setattr(type(self), "temperature", 1.0),
+        lambda step, net, _: setattr(
+            type(net).__mro__[-4 if len(type(net).__mro__) > 5 else 0], "temperature", 1.0 + step
+        ),
+    ),
+    "array": (
+        lambda self, x: self.lin(self.pre(x)) * float(self.scale[0]),
+        lambda self: setattr(self, "scale", np.ones(1)),
+        lambda step, net, _: net.scale.__setitem__(0, 1.0 + step),
+    ),
+    "longer list of modules": (
+        through_layers,
+        lambda self: setattr(self, "layers", nn.ModuleList([nn.Linear(8, 8)])),
+        grow,
+    ),
+    "parameter and attribute that were not there": (
+        with_gain,
+        lambda self: self.register_parameter("gain", None),
+        set_gain,
+    ),
+    "forward of the model itself": (
+        lambda self, x: self.lin(self.pre(x)),
+        lambda self: None,
+        at_three(lambda net: setattr(net, "forward", lambda x: net.lin(x) * 7)),
+    ),
+    "dtype of frozen state and back": (
+        lambda self, x: self.lin(self.pre(x) @ self.table),
+        lambda self: setattr(self, "table", nn.Parameter(torch.randn(8, 8), requires_grad=False)),
+        at_three(lambda net: net.to(torch.bfloat16).float()),
+    ),
+    "data of frozen state": (
+        lambda self, x: self.lin(self.pre(x) @ self.table),
+        lambda self: setattr(self, "table", nn.Parameter(torch.randn(8, 8), requires_grad=False)),
+        lambda step, net, _: setattr(net.table, "data", net.table.data * 0.9),
+    ),
+    "table of a frozen layer": (
+        lambda self, x: self.lin(self.rows((x[:, 0].abs() * 3).long().clamp(max=9))),
+        lambda self: setattr(self, "rows", nn.Embedding(10, 8).requires_grad_(False)),
+        at_three(lambda net: setattr(net.rows, "weight", nn.Parameter(torch.ones(10, 8), requires_grad=False))),
+    ),
+    "attribute of a layer": (
+        lambda self, x: self.lin(self.act(x)),
+        lambda self: setattr(self, "act", nn.LeakyReLU(0.1)),
+        lambda step, net, _: setattr(net.act, "negative_slope", 0.1 * step),
+    ),
+    "dropout from nothing": (
+        lambda self, x: self.lin(self.drop(self.pre(x))),
+        lambda self: setattr(self, "drop", nn.Dropout(0.0)),
+        at_three(lambda net: setattr(net.drop, "p", 0.5)),
+    ),
+    "module in a plain list": (
+        lambda self, x: self.lin(self.teacher[0](self.pre(x))),
+        lambda self: setattr(self, "teacher", [nn.Linear(8, 8).requires_grad_(False)]),
+        at_three(lambda net: setattr(net.teacher[0], "weight", nn.Parameter(torch.ones(8, 8), requires_grad=False))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_python_state_between_steps(name: str) -> None:
+    forward, setup, between = CHANGES[name]
+    check(model(forward, setup), between)
+
+
+def test_a_hook_on_all_modules_set_between_steps() -> None:
+    handles: list[Any] = []
+
+    def between(step: int, *_: Any) -> None:
+        if step == 0:
+            while handles:
+                handles.pop().remove()
+        if step == 3:
+            hook = nn.modules.module.register_module_forward_hook
+            handles.append(hook(lambda module, _, output: output * 3 if isinstance(module, nn.Linear) else None))
+
+    try:
+        check(model(lambda self, x: self.lin(self.pre(x))), between)
+    finally:
+        handles.pop().remove()
+
+
+def writes_first(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x.sub_(0.5)
+    return self.lin(self.pre(x)) * torch.exp(-y.abs()).sum()
+
+
+@pytest.mark.parametrize("other", [lambda x: x, lambda x: x[:, :3]])
+def test_parts_of_a_batch_that_share_memory_go_on_sharing_it(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def make() -> Any:
+        return ((x, other(x)) for x in batches(20))
+
+    check(model(writes_first), make=make, call=lambda net, batch: net(*batch), epochs=1)
+
+
+def writes(self: Any, x: torch.Tensor) -> torch.Tensor:
+    x.sub_(0.5)
+    return self.lin(self.pre(x))
+
+
+def test_what_the_step_writes_into_a_list_of_batches_is_there_in_the_next_epoch() -> None:
+    kept_batches = batches(4)
+    check(model(writes), make=lambda: [x.clone() for x in kept_batches], epochs=3)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_slices_of_one_tensor_may_be_written_by_the_loop(as_list: bool) -> None:
+    def make() -> Any:
+        parts = torch.randn(80, 8, generator=torch.Generator().manual_seed(0)).split(4)
+        return parts if as_list else iter(parts)
+
+    check(model(Model.forward), lambda step, net, batch: batch.mul_(2), make=make, epochs=1)
+
+
+def test_a_staged_value_that_a_call_gave_away_is_not_given_again() -> None:
+    net = model(lambda self, x: (self.lin(self.pre(x)), x > 0))
+    staged, loader = torchstage.smart_stage(net, batches(1))
+    x = next(iter(loader))
+    _, first = staged(x)
+    with pytest.warns(torchstage.errors.FallbackWarning, match="staged value given away by an earlier call"):
+        _, second = staged(x)
+    first.logical_not_()
+    assert torch.equal(second, x > 0)
+
+
+def test_what_a_loader_pinned_to_its_tensors_travels() -> None:
+    def make() -> Any:
+        for i, x in enumerate(batches()):
+            x.tag = i
+            yield x
+
+    assert [x.tag for x in torchstage.StagedDataLoader(make())] == list(range(6))
+
+
+class Box:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+def test_an_object_whose_tensor_the_loader_overwrites_is_an_error() -> None:
+    def reuse() -> Any:
+        buffer = torch.empty(4, 8)
+        for i in range(12):
+            buffer.fill_(i)
+            yield Box(buffer)
+
+    with pytest.raises(torchstage.errors.BatchOverwrittenError, match="the loader wrote into batch"):
+        list(torchstage.StagedDataLoader(reuse(), capacity=4))

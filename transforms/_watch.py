@@ -1,0 +1,95 @@
+"""What neither proxies nor a torch function mode see while a forward is traced: plain Python calls, globals, generators."""
+
+import random
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchstage.transforms._frames import is_users
+from torchstage.transforms._mirror import UntraceableError
+
+
+class Watch:
+    """Watches the Python calls of the tracing thread for what neither proxies nor the function mode can see.
+
+    A custom autograd function runs its forward on proxies and loses its backward; a generator that is seeded is seeded at
+    capture only; a global name that is read is baked in, so it is noted for the guards.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        self._tracer = tracer
+
+    def __enter__(self) -> None:
+        self._before = sys.getprofile()
+        sys.setprofile(self._see)
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(self._before)
+
+    def _see(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            if frame.f_code is _APPLY:
+                self._refuse(f"forward calls the autograd function {frame.f_locals['cls'].__name__}")
+            if is_users(frame):
+                self._note_globals(frame)
+        elif arg is isinstance:
+            user = frame.f_code is _IS_TENSOR or is_users(frame)
+            self._tracer.asking = event == "c_call" and user
+        elif event == "c_call" and isinstance(getattr(arg, "__self__", None), torch.Generator):
+            self._see_generator(arg.__name__)
+
+    def _see_generator(self, method: str) -> None:
+        if method in ("manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"):
+            self._refuse("forward seeds a random generator")
+
+    def _refuse(self, why: str) -> None:
+        self._tracer.refused = UntraceableError(why)
+        raise self._tracer.refused
+
+    def _note_globals(self, frame: types.FrameType) -> None:
+        names = frame.f_code.co_names
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _STDLIB:
+            return
+        for name in names:
+            if name in frame.f_globals:
+                value = frame.f_globals[name]
+                self._note(frame.f_globals, name, value)
+                inner = getattr(value, "__dict__", None)
+                if inner is not None and not getattr(value, "__name__", "").startswith("torch"):
+                    for attribute in names:
+                        if attribute in inner:
+                            self._note(inner, attribute, inner[attribute])
+
+    def _note(self, owner: Any, name: str, value: Any) -> None:
+        self._tracer.globals.setdefault((id(owner), name), (owner, name, value))
+
+
+_STDLIB = sys.stdlib_module_names - {"__main__"}
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+class PythonRandomUntouched:
+    """Refuse a forward that draws from Python's or NumPy's generators: the draw would be done once, at capture."""
+
+    def __enter__(self) -> None:
+        self._before = _generators()
+
+    def __exit__(self, *exc: object) -> None:
+        before, after = self._before, _generators()
+        if before[1] != after[1]:
+            random.setstate(before[1])
+        if before[3] != after[3]:
+            np.random.set_state(before[2])
+        if before[1:2] + before[3:] != after[1:2] + after[3:]:
+            raise UntraceableError("forward draws from Python's or NumPy's random generator")
+
+
+def _generators() -> tuple[Any, ...]:
+    legacy: Any = np.random.get_state()
+    return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
+
+
+_IS_TENSOR = torch.is_tensor.__code__
