@@ -69,7 +69,7 @@ def trained(net: Any, loader: Any, between: Between | None, call: Any, epochs: i
                 between(step, net, batch)
             optimizer.zero_grad()
             outputs = leaves_of(call(net, batch))
-            sum(output.abs().sum() for output in outputs if output.requires_grad).backward()  # type: ignore[union-attr]
+            sum(output.abs().sum() for output in outputs if output.requires_grad).backward()
             seen += [output.detach().clone() for output in outputs]
             seen += [p.grad.clone() for p in net.parameters() if p.grad is not None]
             optimizer.step()
