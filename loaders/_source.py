@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchstage._structure import flatten, hand_out, is_constant, is_text_leaf, is_tracked, unflatten
+from torchstage._structure import flatten, hand_out, is_constant, is_tracked, unflatten
 from torchstage.errors import BatchOverwrittenError
 
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
             BatchOverwrittenError: with the batch's index and the way out.
         """
         for tensor, version in self.versions:
-            if tensor._version != version:
+            if tensor._version != version and _is_alone(tensor):
                 raise BatchOverwrittenError(
                     f"the loader wrote into batch {index} (a tensor of shape {list(tensor.shape)}) while it was waiting for "
                     "its step. Let the loader make new tensors for each batch, or yield copies."
@@ -104,96 +104,106 @@ class Source:
         except BaseException:
             self._recent.clear()
             raise
-        addresses = [_address(leaf) for leaf in leaves]
-        self._copying = self._reuses and (self._copying or any(a is not None and self._is_reused(a) for a in addresses))
-        copy = self._copying or self._probation > 0
+        on_probation = self._probation > 0
+        if on_probation and not self._copying:
+            self._watch(leaves)
         self._probation -= 1
-        own = _hand_out_all(leaves, copy)
-        if self._copying:
-            self._recent.clear()
-        else:
-            watched = zip(addresses, leaves, own, strict=True)
-            self._recent.append(
-                {a: _Memory(leaf, None if copy else mine) for a, leaf, mine in watched if a is not None}
-            )
-        versions = [(t, t._version) for t in _tensors_in(own) if not t.is_inference()] if self._reuses else []
-        texts = frozenset([id(leaf) for leaf in own if is_text_leaf(leaf)])
+        own = _hand_out_all(leaves, self._copying or on_probation)
+        versions = list(_versions_in(own)) if self._reuses else []
+        texts = frozenset([id(leaf) for leaf in own if type(leaf) is list or type(leaf) is tuple])
         return Batch(unflatten(own, spec), own, texts, versions)
 
-    def _is_reused(self, address: int) -> bool:
-        return any(address in memories and memories[address].alive() for memories in self._recent)
+    def _watch(self, leaves: list[Any]) -> None:
+        """Look whether memory of a batch that is watched comes again; then all batches are copied from here on."""
+        addresses = {address: leaf for leaf in leaves if (address := _address(leaf)) is not None}
+        if any(address in seen and seen[address].alive() for seen in self._recent for address in addresses):
+            self._copying = True
+        if self._copying or self._probation == 1:  # nothing to watch for any more
+            self._recent.clear()
+        else:
+            self._recent.append({address: _Memory(leaf) for address, leaf in addresses.items()})
 
 
-def _tensors_in(leaves: list[Any]) -> Iterator[torch.Tensor]:
-    """Yield the tensors whose version tells if the loader wrote into them.
-
-    They are alone in their memory, since a slice's version moves with its neighbours'. Those inside objects that are no
-    containers to pytree are among them.
-    """
+def _versions_in(leaves: list[Any]) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield the tensors of a batch with their versions, also those inside objects that are no containers to pytree."""
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            if (
-                leaf.layout is not torch.strided
-                or leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
-            ):
-                yield leaf
+            if not leaf.is_inference():
+                yield leaf, leaf._version
         elif not is_tracked(leaf) and not is_constant(leaf):
             fields = leaf.values() if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {}).values()
-            yield from (field for field in fields if isinstance(field, torch.Tensor))
+            yield from _versions_in([field for field in fields if isinstance(field, torch.Tensor)])
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor can share its memory: the version of a slice moves when a neighbour is written."""
+    if tensor.layout is not torch.strided:
+        return True
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def _hand_out_all(leaves: list[Any], copy: bool) -> list[Any]:
     """Hand out ``leaves``: one object stays one object, and tensors that share memory go on sharing it."""
-    groups: dict[int, list[torch.Tensor]] = {}
-    for leaf in {id(leaf): leaf for leaf in leaves}.values():
-        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.numel() and not leaf.requires_grad:
-            groups.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
-    done: dict[int, Any] = {}
-    for group in groups.values():
-        if copy and len(group) > 1:
-            first = [t.storage_offset() * t.element_size() for t in group]
-            last = [
-                a + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
-                for a, t in zip(first, group, strict=True)
-            ]
-            low, high = min(first) // 16 * 16, max(last)
-            old = torch.empty(0, dtype=torch.uint8).set_(group[0].untyped_storage(), low, (high - low,), (1,))
-            memory = old.clone().untyped_storage()
-            for start, t in zip(first, group, strict=True):
-                offset = (start - low) // t.element_size()
-                done[id(t)] = torch.empty(0, dtype=t.dtype).set_(memory, offset, t.shape, t.stride())
-    own = []
+    if not copy and len({id(leaf) for leaf in leaves}) == len(leaves):
+        return [hand_out(leaf, False) for leaf in leaves]  # views share what their tensors shared
+    done: dict[int, Any] = _copy_neighbours(leaves) if copy else {}
     for leaf in leaves:
         if id(leaf) not in done:
             done[id(leaf)] = hand_out(leaf, copy)
-        own.append(done[id(leaf)])
-    return own
+    return [done[id(leaf)] for leaf in leaves]
+
+
+def _copy_neighbours(leaves: list[Any]) -> dict[int, torch.Tensor]:
+    """Copy tensors that share a storage, by the stretch of it that they cover together; by the id of the original."""
+    groups: dict[int, dict[int, torch.Tensor]] = {}
+    for leaf in leaves:
+        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.numel() and not leaf.requires_grad:
+            groups.setdefault(leaf.untyped_storage()._cdata, {})[id(leaf)] = leaf
+    copies: dict[int, torch.Tensor] = {}
+    for group in groups.values():
+        if len(group) > 1:
+            spans = {key: _span(tensor) for key, tensor in group.items()}
+            low = min(start for start, _ in spans.values()) // 16 * 16  # a multiple of every element's size
+            size = max(end for _, end in spans.values()) - low
+            one = next(iter(group.values()))
+            stretch = torch.empty(0, dtype=torch.uint8, device=one.device)
+            memory = stretch.set_(one.untyped_storage(), low, (size,), (1,)).clone().untyped_storage()
+            for key, tensor in group.items():
+                offset = (spans[key][0] - low) // tensor.element_size()
+                empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                copies[key] = empty.set_(memory, offset, tensor.shape, tensor.stride())
+    return copies
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first byte of its storage that a tensor covers, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return start * size, (start + int(last) + 1) * size
 
 
 class _Memory:
-    """A hold on the memory of a leaf, to tell its reuse by the loader from reuse by the allocator.
+    """A hold on the memory of a leaf that was copied, to tell its reuse by the loader from reuse by the allocator.
 
     Memory of torch's or NumPy's own is watched weakly. That of somebody else (a bytearray, a map, another library's buffer)
-    cannot be: while its batches are copied the leaf itself is held, and later the view that was handed out is watched.
+    cannot be, so the leaf itself is held for as long as the source watches.
     """
 
-    def __init__(self, leaf: Any, handed_out: Any) -> None:
+    def __init__(self, leaf: Any) -> None:
         self._storage: StorageWeakRef | None = None
-        self._object: weakref.ref[Any] | None = None
+        self._owner: weakref.ref[Any] | None = None
         self._held: Any = None
         if isinstance(leaf, torch.Tensor) and _is_torchs(leaf.untyped_storage()):
             self._storage = StorageWeakRef(leaf.untyped_storage())
         elif isinstance(leaf, np.ndarray) and _owner(leaf).flags.owndata:
-            self._object = weakref.ref(_owner(leaf))
-        elif handed_out is not None:
-            self._object = weakref.ref(handed_out)
+            self._owner = weakref.ref(_owner(leaf))
         else:
             self._held = leaf
 
     def alive(self) -> bool:
         if self._storage is not None:
             return not self._storage.expired()
-        return self._held is not None or (self._object is not None and self._object() is not None)
+        return self._owner() is not None if self._owner is not None else True
 
 
 def _is_torchs(storage: torch.UntypedStorage) -> bool:
