@@ -111,7 +111,7 @@ class Plan:
         lines = [head]
         if self.why_empty():
             return f"{head}\n  nothing is staged: {self.why_empty()}"
-        lines += ["  lifted:", *_grouped(self.lifted), f"  values that cross to the step: {', '.join(self.cut)}"]
+        lines += ["  lifted:", *_grouped(self.lifted), f"  values that cross to the step: {_counted(list(self.cut))}"]
         lines += ["  kept in the step:", *_grouped(self.kept)]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
