@@ -161,6 +161,8 @@ class Stager:
             watched=lambda position: tracked[position],
             pool=self._pool,
         )
+        if len(self._stagings) >= _MOST_MODES:
+            self._stagings.clear()
         self._stagings[mode] = staging
         if staging.parts is None:
             name, why = type(self._model).__name__, staging.plan.why_empty()
@@ -187,6 +189,7 @@ class Stager:
 
 
 _MOST_RECAPTURES = 8
+_MOST_MODES = 16
 _GAVE_UP = "the model keeps changing ({}): staging is off from here on, batches are still prefetched."
 _ADVICE_MODE = "Staging follows the mode that the steps run in after two of them. "
 _ADVICE = {

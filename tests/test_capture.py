@@ -349,3 +349,14 @@ def test_an_op_on_the_models_own_tensors_is_recorded_too() -> None:
     captured = capture(Model(), (torch.ones(2, 3),), {})
     assert targets(captured)[0] == "hash_bucket"
     assert "keys" in captured.state
+
+
+def test_a_capture_inside_a_profile_leaves_the_profiler_on() -> None:
+    import cProfile
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    capture(Outer(nn.Identity()), (torch.ones(2, 3),), {})
+    sorted([3, 1, 2])
+    profiler.disable()
+    assert any("sorted" in str(entry.code) for entry in profiler.getstats())

@@ -48,6 +48,8 @@ class Capture:
         inlined: paths of the modules whose own forward was traced through.
         attributes: Python attributes that the forward read: (module path, name, value).
         measured: tensors of the model whose shape, dtype or device the forward's Python code read.
+        trained: the parameters that require grad; other tensors may share their memory.
+        globals: names outside the model that the forward read: (dictionary, name, value).
     """
 
     graph: torch.fx.Graph
@@ -61,8 +63,8 @@ class Capture:
     inlined: tuple[str, ...]
     attributes: tuple[tuple[str, str, Any], ...]
     measured: tuple[torch.Tensor, ...]
-    trained: tuple[torch.Tensor, ...] = ()
-    globals: tuple[tuple[Any, str, Any], ...] = ()
+    trained: tuple[torch.Tensor, ...]
+    globals: tuple[tuple[Any, str, Any], ...]
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:

@@ -27,7 +27,11 @@ class Watch:
         sys.setprofile(self._see)
 
     def __exit__(self, *exc: object) -> None:
-        sys.setprofile(self._before)
+        if self._before is None or callable(self._before):
+            sys.setprofile(self._before)
+        else:  # cProfile, which is no Python function
+            sys.setprofile(None)
+            self._before.enable()
 
     def _see(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
