@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, flatten, is_text_leaf, memory_of
@@ -173,8 +174,11 @@ def identifies(leaf: object) -> bool:
 
 
 def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Its version, and its memory, which an assignment to ``.data`` replaces without a new version."""
-    storage = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+    """Its version, and its memory, which an assignment to ``.data`` replaces without a new version.
+
+    The weak reference keeps the address of memory that is gone from being given out again, to look like it.
+    """
+    storage = StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else None
     return tensor._version, storage, tensor.dtype
 
 

@@ -397,3 +397,53 @@ def test_the_reason_is_empty_for_an_unstageable_model_in_stats() -> None:
     assert loader.stats.fallbacks == {"nothing staged": 3}
     assert_same(outputs, [staged(x).detach() for x in numbers(3)])
     assert isinstance(np.float64(loader.stats.wait.mean), float)
+
+
+def test_a_flag_that_is_set_while_the_stage_runs_does_not_reach_it() -> None:
+    """A frozen batch norm in eval mode runs ahead. While a worker is about to call it, the model is set to train mode."""
+    import threading
+
+    inside, flipped = threading.Event(), threading.Event()
+
+    @ops.pure_op
+    def hold(x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread() and not flipped.is_set():
+            inside.set()
+            assert flipped.wait(10)
+        return x
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).requires_grad_(False).eval()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(hold(x).reshape(1, 3)) * self.weight
+
+    model = Backbone()
+    before = model.norm.running_mean.clone()
+    staged, loader = torchstage.smart_stage(model, numbers(3))
+    iterator = iter(loader)
+    taken: list[torch.Tensor] = []
+    client = threading.Thread(target=lambda: taken.append(next(iterator)))
+    client.start()
+    assert inside.wait(10)
+    model.norm.train()
+    flipped.set()
+    client.join()
+    assert torch.equal(model.norm.running_mean, before)
+    model.norm.eval()
+    assert torch.equal(staged(taken[0]), model(taken[0]))
+    assert loader.stats.staged_steps == 1
+    iterator.close()
+
+
+def test_memory_that_is_replaced_twice_is_noticed_although_its_address_comes_again() -> None:
+    model: Any = Frozen()
+    staged, _, x = one(model)
+    assert torch.equal(staged(x), model(x))
+    for _ in range(2):  # the allocator likes to give the second one the address of the first
+        model.mean.data = model.mean.data + 1
+    with pytest.warns(FallbackWarning, match=r"frozen state changed \(mean\)"):
+        assert torch.equal(staged(x), model(x))

@@ -51,15 +51,17 @@ def lift(capture: Capture, plan: Plan) -> Lifted:
     cut = cut_of(capture.graph, lambda node: node.name in names)
     output = next(iter(reversed(capture.graph.nodes)))
     return Lifted(
-        stage=extract(capture, lifted, cut, f"{plan.model}Stage"),
+        stage=extract(capture, lifted, cut, f"{plan.model}Stage", ahead=True),
         main=extract(capture, kept, output.args[0], f"{plan.model}Main"),
     )
 
 
-def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name: str) -> Part:
+def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name: str, *, ahead: bool = False) -> Part:
     """Build a module of ``nodes`` (in graph order) that returns ``results``, a list of nodes and constants.
 
-    Values of other nodes become inputs, state and submodules are the model's own objects, marks vanish.
+    Values of other nodes become inputs, state and submodules are the model's own objects, marks vanish. What runs
+    ``ahead`` calls submodules as they were at capture: a training flag or a rate that is changed while batches wait must
+    not reach a thread of the stage, which would update statistics or draw random numbers out of turn.
     """
     graph = torch.fx.Graph()
     inside = set(nodes)
@@ -87,7 +89,8 @@ def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name
         copies[node] = graph.node_copy(node, copy_of)
         if node.op == "call_module":
             path = str(node.target)
-            copies[node].target = targets.of(path, capture.modules[path])
+            module = capture.modules[path]
+            copies[node].target = targets.of(path, _as_it_is(module) if ahead else module)
     graph.output(torch.fx.node.map_arg(list(results), copy_of))
     module = torch.fx.GraphModule(targets.objects, graph, class_name=name)
     graph.lint()
@@ -117,6 +120,16 @@ class _Targets:
             self._names[path] = name
             self.objects[name] = value
         return self._names[path]
+
+
+def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of ``module`` that shares its tensors and nothing that can be set on it."""
+    twin: torch.nn.Module = object.__new__(type(module))
+    own = dict(vars(module))
+    own["_parameters"], own["_buffers"] = dict(module._parameters), dict(module._buffers)
+    own["_modules"] = {name: None if part is None else _as_it_is(part) for name, part in module._modules.items()}
+    object.__setattr__(twin, "__dict__", own)
+    return twin
 
 
 def _sources(nodes: Iterable[torch.fx.Node], results: Any) -> set[torch.fx.Node]:

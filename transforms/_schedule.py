@@ -46,5 +46,5 @@ def schedule(capture: Capture, plan: Plan) -> tuple[Task, ...]:
     for number, chain in enumerate(chains):
         after = {chain_of[source] for node in chain for source in sources[node]} - {number}
         wanted = [n for n in chain if n in cut or any(chain_of[user] != number for user in users[n])]
-        tasks.append(Task(extract(capture, chain, wanted, f"{plan.model}Stage{number}"), frozenset(after)))
+        tasks.append(Task(extract(capture, chain, wanted, f"{plan.model}Stage{number}", ahead=True), frozenset(after)))
     return tuple(tasks)
