@@ -421,7 +421,7 @@ def test_a_flag_that_is_set_while_the_stage_runs_does_not_reach_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(hold(x).reshape(1, 3)) * self.weight
 
-    model = Backbone()
+    model: Any = Backbone()
     before = model.norm.running_mean.clone()
     staged, loader = torchstage.smart_stage(model, numbers(3))
     iterator = iter(loader)
