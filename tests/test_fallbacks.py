@@ -447,3 +447,31 @@ def test_memory_that_is_replaced_twice_is_noticed_although_its_address_comes_aga
         model.mean.data = model.mean.data + 1
     with pytest.warns(FallbackWarning, match=r"frozen state changed \(mean\)"):
         assert torch.equal(staged(x), model(x))
+
+
+def test_a_submodule_that_counts_its_calls_keeps_nobody_from_staging() -> None:
+    """It is called as a whole, in the step, so its Python state is not what the graphs were made from."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    class Outer(Scale):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts = Counts()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.counts(x.exp() * self.weight)
+
+    plain, model = Outer(), Outer()
+    staged, loader = torchstage.smart_stage(model, numbers(12))
+    for x, y in zip(loader, numbers(12), strict=True):
+        assert torch.equal(staged(x), plain(y))
+    assert loader.stats.staged_steps == 12
+    assert not loader.stats.fallbacks

@@ -52,8 +52,12 @@ class Guards:
             if owner or isinstance(module, _CONTAINERS)
         ]
         self._root = model
-        for path in capture.modules:  # a whole layer is configured by its attributes
+        for path in capture.modules:
             for inner, layer in modules[path].named_modules(prefix=path):
+                # A layer of torch's is configured by its attributes, and the stage may call it as it was at capture. Any
+                # other module is only called in the step, as it is then, and what it counts there is its own affair.
+                if not type(layer).__module__.startswith("torch.nn.modules."):
+                    continue
                 for key, value in vars(layer).items():
                     if is_scalar(value) and key != "training":
                         self._equal.append((vars(layer), key, value, f"{inner}.{key}"))
