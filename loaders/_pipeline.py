@@ -25,6 +25,7 @@ wrong.
     ends the threads.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -230,12 +231,11 @@ class Pipeline:
 
 def _work(pipeline: Pipeline) -> None:
     """Read and stage until the end, an error or a stop. The body of a worker thread."""
-    try:
+    at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
+    with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
         while (got := pipeline.read()) is not None:
             pipeline.process(*got)
             del got  # or this frame keeps the batch alive while it waits for the next
-    except (ChannelCancelled, ChannelClosed):
-        pass
 
 
 def _where(thread: threading.Thread) -> str:

@@ -5,7 +5,10 @@ only run what is in force. What a forward refuses teaches it: the mode that the 
 changes, a model that was edited.
 """
 
+import collections
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +70,8 @@ class Stager:
         self._refusals: dict[object, int] = {}
         self._recaptures = 0
         self._graph_training = model.training
+        self._workers: set[int] = set()  # adding and discarding are atomic
+        self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.num_threads)
 
     @property
     def plan(self) -> Plan | None:
@@ -98,6 +103,7 @@ class Stager:
 
         Returns None where nothing is staged.
         """
+        self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
         if staging is None or staging.parts is None:
             return None
@@ -107,6 +113,25 @@ class Stager:
         if flaw is None:
             ticket.fill(staging.parts, leaves)
         return Bound(ticket, leaves)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The time in which a worker stages."""
+        self._workers.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._workers.discard(threading.get_ident())
+            if not self._workers:
+                self._buried.clear()
+
+    def bury(self, ticket: Ticket) -> None:
+        """Take over a ticket that nobody can use any more: a worker frees its memory, thousands of strings perhaps.
+
+        Takes no lock, since a finalizer calls it: at worst a ticket waits for the next epoch.
+        """
+        if self._workers:
+            self._buried.append(ticket)
 
     def refused(self, ticket: Ticket, reason: str, about: Any, call: Call) -> None:
         """Count a refused ticket, warn the first time, and adapt if it is likely to happen again. Runs in a forward."""

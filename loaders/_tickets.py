@@ -157,6 +157,7 @@ class Registry:
         if ticket is not None:
             for text in ticket.texts():
                 self.texts.pop(text, None)
+            ticket.owner.bury(ticket)
 
     def find(self, leaves: Sequence[Any]) -> Ticket | None:
         """Return the ticket of a call with these leaves, or None if no staged loader handed them out."""

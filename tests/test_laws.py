@@ -30,6 +30,7 @@ from tests.support import (
     word_batches,
 )
 from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.loaders._tickets import Ticket
 
 # ---------------------------------------------------------------- law 1: same numbers
 
@@ -416,6 +417,38 @@ def test_law7_no_more_than_capacity_plus_threads_batches_are_read_ahead(capacity
         assert read <= taken + bound
         del x
         assert len(alive) == 0  # neither the ticket nor the registry keeps a batch that was dropped
+
+
+class Hashed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(10))
+
+    def forward(self, names: list[str], weights: torch.Tensor) -> torch.Tensor:
+        return self.table[torchstage.ops.string_to_hash_bucket(names, 10)] * weights
+
+
+def test_law7_text_that_was_dropped_is_freed_by_the_stage_and_at_the_end_of_the_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+    fill = Ticket.fill
+
+    def watched(self: Ticket, *args: Any) -> None:
+        tickets.add(self)
+        fill(self, *args)
+
+    monkeypatch.setattr(Ticket, "fill", watched)
+    staged, loader = torchstage.smart_stage(Hashed(), [(["a", "b"], torch.ones(2)) for _ in range(30)])
+    seen = 0
+    for names, weights in loader:
+        staged(names, weights).sum().backward()
+        del names, weights
+        seen = max(seen, len(tickets))
+    loader.close()
+    assert seen <= 4  # taken, waiting, in the worker's hands, and the one that it frees next
+    gc.collect()
+    assert len(tickets) == 0
 
 
 # ---------------------------------------------------------------- law 8: it can say why

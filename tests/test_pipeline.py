@@ -1,5 +1,6 @@
 """The pipeline's contract, number by number (1, 5 and 7 to 10 have more tests in test_laws.py)."""
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -63,6 +64,9 @@ def test_1_order_is_kept_when_later_batches_are_staged_first() -> None:
 
         def prepare(self, batch: torch.Tensor) -> None:
             pass
+
+        def at_work(self) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
 
     source = Source(iter(numbers(4)), window=8, pushed_back=[])
     pipeline = Pipeline(source, Slow(), SmartStageOptions(num_threads=4, capacity=4), Recorder("test"))  # type: ignore[arg-type]

@@ -187,6 +187,9 @@ class Snapshot(NamedTuple):
             shape, before = self.content
             if leaf.dtype == object:
                 return bool(leaf.shape == shape) and all(a is b for a, b in zip(leaf.flat, before, strict=True))
+            if type(before) is bytes and leaf.flags.c_contiguous:
+                memory: Any = leaf  # startswith takes any buffer, so nothing is copied
+                return bool(leaf.shape == shape and leaf.nbytes == len(before) and before.startswith(memory))
             return bool(leaf.shape == shape and _contents(leaf) == before)
         return leaf is self.content or bool(leaf == self.content)  # NaN is not equal to itself, but it is itself
 
