@@ -181,10 +181,10 @@ class Stager:
             self._model,
             mode,
             captured,
-            smart=self._options.do_smart_stage,
             changing=frozenset(self._changing),
             watched=lambda position: tracked[position],
             pool=self._pool,
+            options=self._options,
         )
         if len(self._stagings) >= _MOST_MODES:
             self._stagings.clear()

@@ -12,6 +12,9 @@ from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._policy import Policy
+from torchstage.loaders._rows import Rows, Site, gather
+from torchstage.options import SmartStageOptions
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Kind, effect_of
@@ -47,10 +50,17 @@ class Parts:
         plan: the decision on it.
         mode: the mode it was captured in.
         pool: where independent branches run; None for the calling thread.
+        options: where rows of trained tables are gathered.
     """
 
     def __init__(
-        self, model: torch.nn.Module, capture: Capture, plan: Plan, mode: Mode, pool: StageThreadPool | None
+        self,
+        model: torch.nn.Module,
+        capture: Capture,
+        plan: Plan,
+        mode: Mode,
+        pool: StageThreadPool | None,
+        options: SmartStageOptions,
     ) -> None:
         self.in_spec = capture.in_spec
         self.constants = capture.constants
@@ -59,6 +69,16 @@ class Parts:
         self.guards = Guards(model, capture)
         self.lifted: Lifted = lift(capture, plan)
         self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
+        lag = options.capacity + options.num_threads
+        most_stale = lag if options.max_staleness is None else options.max_staleness
+        nodes = {node.name: node for node in capture.graph.nodes}
+        self.sites: tuple[Site, ...] = tuple(
+            Site(gather, nodes[gather.lookup.node], most_stale if options.lookups == "stale" else None)
+            for gather in self.lifted.gathers
+        )
+        self.inputs = tuple(sorted({*self.lifted.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
+        """The positions of the leaves that are read ahead."""
+        self._policy = Policy(options.lookups, lag)
         self._leaf_count = capture.in_spec.num_leaves
         self._out_spec = capture.out_spec
         self._ambient = mode.ambient
@@ -82,7 +102,7 @@ class Parts:
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 return "a tensor of the batch requires grad"
-            if position in self.lifted.stage.inputs and not is_tracked(leaf):
+            if position in self.inputs and not is_tracked(leaf):
                 return "the batch holds an object whose changes cannot be noticed"
         return None
 
@@ -103,11 +123,21 @@ class Parts:
                 add_note(error, f"in the stage graph of torchstage, {_locate(self.lifted.stage.module, inputs)}")
                 raise
 
-    def run_main(self, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
-        """Run the main graph on the leaves of a call and the values of its stage; return what forward returns."""
+    def gather(self, leaves: Sequence[Any], values: Sequence[Any]) -> list[Rows]:
+        """Gather the rows of a call's lookups after its stage has run, where that is to happen ahead."""
+        if not self.sites:
+            return []
+        why = None if self._policy.ahead() else 'as fast in the step (lookups="auto")'
+        with torch.no_grad():
+            return gather(self.sites, leaves, values, why, self._ambient.grad)
+
+    def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> Any:
+        """Run the main graph on the leaves of a call, the values of its stage and its rows; return what forward returns."""
+        if rows:
+            self._policy.step(any(part.gathered for part in rows))
         grad = torch.is_grad_enabled()
         try:
-            outputs = self._main(*[leaves[position] for position in self.lifted.main.inputs], *values)
+            outputs = self._main(*[leaves[position] for position in self.lifted.main.inputs], *values, *rows)
         finally:
             if torch.is_grad_enabled() != grad:  # an exception between two grad mode switches of the forward
                 torch.set_grad_enabled(grad)
@@ -147,10 +177,10 @@ def make_staging(
     mode: Mode,
     capture: Capture | str,
     *,
-    smart: bool,
     changing: frozenset[str],
     watched: Callable[[int], bool],
     pool: StageThreadPool | None,
+    options: SmartStageOptions,
 ) -> Staging:
     """Plan and build what ``model`` needs in ``mode``; ``capture`` is the reason if there is none.
 
@@ -163,9 +193,16 @@ def make_staging(
         return Staging(mode, modules, Plan(name, model.training, (), (), uncaptured=capture), None)
     exact_only = pool is not None and pool.intra_op != mode.ambient.threads
     plan = make_plan(
-        capture, name, model.training, smart=smart, changing=changing, watched=watched, exact_only=exact_only
+        capture,
+        name,
+        model.training,
+        smart=options.do_smart_stage,
+        changing=changing,
+        watched=watched,
+        exact_only=exact_only,
+        lookups=options.lookups != "main",
     )
-    parts = Parts(model, capture, plan, mode, pool) if plan.lifted else None
+    parts = Parts(model, capture, plan, mode, pool, options) if plan.lifted or plan.lookups else None
     return Staging(mode, modules, plan, parts)
 
 

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, flatten, is_text_leaf, memory_of
+from torchstage.loaders._rows import Rows
 from torchstage.loaders._staging import Parts, Staging
 
 
@@ -42,15 +43,17 @@ class Ticket:
         self._snapshots: list[tuple[int, Snapshot]] = []
         self._versions: list[tuple[str, torch.Tensor, Any]] = []
         self._values: list[Any] = []
+        self._rows: list[Rows] = []
         self._value_versions: list[tuple[torch.Tensor, int]] = []
         self._given: set[object] = set()
         self._fragile = False
 
     def fill(self, parts: Parts, leaves: Sequence[Any]) -> None:
         """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one."""
-        self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.lifted.stage.inputs]
+        self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.inputs]
         self._versions = [(name, tensor, _state_of(tensor)) for name, tensor in parts.reads]
         self._values = parts.run_stage(leaves)
+        self._rows = parts.gather(leaves, self._values)
         self._value_versions = [(v, v._version) for v in self._values if isinstance(v, torch.Tensor)]
         self._given = {memory_of(value) for value, _ in self._value_versions}
         self._fragile = not all(isinstance(value, _LASTING) for value in self._values)
@@ -81,7 +84,7 @@ class Ticket:
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the main graph of a call that was not refused."""
         assert self.staging.parts is not None
-        result = self.staging.parts.run_main(leaves, self._values)
+        result = self.staging.parts.run_main(leaves, self._values, self._rows)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
         if self._fragile or any(
             isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in flatten(result)[0]

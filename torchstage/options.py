@@ -70,6 +70,16 @@ class SmartStageOptions:
     """What happens after ``timeout_millis``: ``"drop"`` the batch as the original does (counted and warned about),
     ``"raise"`` a `PutTimeoutError` at the batch's position, or ``"wait"`` on (counted and warned about)."""
 
+    lookups: Literal["auto", "exact", "main", "stale"] = "auto"
+    """Where rows of trained tables are gathered. ``"exact"``: ahead, and rows that the steps in between have written are
+    read again, so that the numbers are those of the plain run. ``"main"``: in the step, as in the plain model. ``"auto"``:
+    ``"exact"`` where it makes the step faster, which is tried on the running job now and then. ``"stale"``: ahead and
+    never read again, which changes the numbers; see ``max_staleness``."""
+
+    max_staleness: int | None = None
+    """With ``lookups="stale"``: the most optimizer steps that a gathered row may miss; rows that would miss more are
+    gathered in the step. None: ``capacity + num_threads``."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             _require_int(name, getattr(self, name), least)
@@ -78,6 +88,13 @@ class SmartStageOptions:
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
         _require("name", self.name, _is_name, "must be None or a non-empty string")
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
+        _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
+        if self.max_staleness is not None:
+            _require_int("max_staleness", self.max_staleness, 0)
+            if self.lookups != "stale":
+                raise OptionError(
+                    f'max_staleness needs lookups="stale": other modes have no stale rows. Found: {self.lookups!r}.'
+                )
         _require("graph", self.graph, _is_graph, "must be None or a torch.fx.GraphModule captured from the model")
         for name in ("closed_exception_types", "ignored_exception_types"):
             rule = "must be a tuple of exception classes, for example (ValueError,)"
@@ -118,6 +135,7 @@ _LEAST = {
     "stage_subgraph_thread_pool_id": 0,
     "stage_subgraph_stream_id": 0,
 }
+_LOOKUPS = ("auto", "exact", "main", "stale")
 _ON_TIMEOUT = ("drop", "raise", "wait")
 
 

@@ -11,7 +11,8 @@ from torchstage._structure import memory_of
 from torchstage.errors import MarkError
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
-from torchstage.transforms._plan import NodePlan, Plan, Reason, at
+from torchstage.transforms._lookups import Lookup, Unliftable, find_lookup
+from torchstage.transforms._plan import NodePlan, Plan, Reason, TablePlan, at
 
 
 def make_plan(
@@ -23,6 +24,7 @@ def make_plan(
     changing: Collection[str] = (),
     watched: Callable[[int], bool] = lambda _: True,
     exact_only: bool = False,
+    lookups: bool = False,
 ) -> Plan:
     """Decide what of ``capture`` is lifted: the largest set of operations that needs only the batch and frozen state.
 
@@ -34,26 +36,31 @@ def make_plan(
         changing: targets of state that was seen to change while batches waited.
         watched: whether changes of the input leaf with that position can be noticed.
         exact_only: lift only operations whose result does not depend on how their work is split among threads.
+        lookups: gather rows of trained tables ahead.
 
     Raises:
         MarkError: a `staged` mark depends on something that cannot be lifted.
     """
-    verdicts = _Analysis(capture, changing, watched, exact_only).run()
+    analysis = _Analysis(capture, changing, watched, exact_only)
+    verdicts = analysis.run()
     order = [node for node in capture.graph.nodes if node.op.startswith("call_")]
+    tables = _Tables(analysis, verdicts, lookups and smart).judge(order)
     _check_marks(order, verdicts)
     marked = _ancestors(n for n in order if verdicts[n].effect.kind is Kind.BOUNDARY)
     if not smart:
         for node in order:
             if verdicts[node].lifted and node not in marked:
                 verdicts[node] = dataclasses.replace(verdicts[node], reason=Reason.BELOW_MARK)
-    _keep_what_costs_nothing(order, verdicts, marked)
+    _keep_what_costs_nothing(order, verdicts, marked, tables.needed)
     plans = []
     for node in order:
         verdict = verdicts[node]
         reason = Reason.MARKED if verdict.lifted and node in marked else verdict.reason
         plans.append(_node_plan(node, verdict, reason))
     cut = cut_of(capture.graph, lambda node: node in verdicts and verdicts[node].lifted)
-    return Plan(model, training, tuple(plans), tuple(n.name for n in cut), tuple(capture.opaque.items()))
+    return Plan(
+        model, training, tuple(plans), tuple(n.name for n in cut), tuple(capture.opaque.items()), tables=tables.plans()
+    )
 
 
 def cut_of(graph: torch.fx.Graph, lifted: Callable[[torch.fx.Node], bool]) -> list[torch.fx.Node]:
@@ -97,7 +104,7 @@ class _Analysis:
     def __init__(
         self, capture: Capture, changing: Collection[str], watched: Callable[[int], bool], exact_only: bool
     ) -> None:
-        self._capture = capture
+        self.capture = capture
         self._exact_only = exact_only
         self._changing = changing
         self._watched = watched
@@ -108,21 +115,43 @@ class _Analysis:
         self._written = 0
         self._trained = {memory_of(t) for t in capture.trained}
         self._dirty: dict[int, torch.fx.Node] = {}
+        self._dirty_before: dict[torch.fx.Node, int] = {}
 
     def run(self) -> dict[torch.fx.Node, _Verdict]:
-        nodes = [node for node in self._capture.graph.nodes if node.op != "output"]
+        nodes = [node for node in self.capture.graph.nodes if node.op != "output"]
         for node in nodes:
             called = node.op.startswith("call_")
-            self._effects[node] = effect_of(node, self._capture.modules) if called else Effect(Kind.FREE)
+            self._effects[node] = effect_of(node, self.capture.modules) if called else Effect(Kind.FREE)
             self._roots[node] = self._roots_of(node)
             self._written |= self._writes_of(node)
         dirty = 0
         for node in nodes:
+            self._dirty_before[node] = dirty
             self._verdicts[node] = self._judge(node, dirty)
             for bit in _bits_of(self._writes_of(node) & ~dirty):
                 self._dirty[bit] = node
             dirty |= self._writes_of(node)
         return self._verdicts
+
+    def why_no_lookup(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
+        """Say why the gather of ``lookup`` cannot run ahead, or None."""
+        memory = memory_of(lookup.weight)
+        if self._written & self._bit(memory):
+            return "the forward writes into it"
+        if sum(memory_of(tensor) == memory for tensor in self.capture.trained) > 1:
+            return "another parameter shares its memory"
+        for source in lookup.sources():
+            verdict = self._verdicts[source]
+            if without_marks(source).op == "get_attr":
+                return "its row numbers are state of the model"
+            if not verdict.lifted:
+                cause = verdict.cause or source
+                return f"its row numbers {verdict.reason.value} (`{cause.name}`)"
+            if self._roots[source] & self._dirty_before[node]:
+                return "the forward writes into its row numbers"
+        if self._effects[node].kind is not Kind.PURE:
+            return self._effects[node].detail or self._effects[node].kind.value
+        return None
 
     def _roots_of(self, node: torch.fx.Node) -> int:
         roots = 0
@@ -146,9 +175,9 @@ class _Analysis:
     def _own_state(self, node: torch.fx.Node) -> list[tuple[str, torch.Tensor]]:
         """Return the tensors, with their names, that the node reads from the model by itself."""
         if node.op == "get_attr":
-            return [(str(node.target), self._capture.state[str(node.target)])]
+            return [(str(node.target), self.capture.state[str(node.target)])]
         if node.op == "call_module":
-            module = self._capture.modules[str(node.target)]
+            module = self.capture.modules[str(node.target)]
             named = [*module.named_parameters(), *module.named_buffers()]
             return [(f"{node.target}.{name}", tensor) for name, tensor in named]
         return []
@@ -186,6 +215,49 @@ class _Analysis:
             if name in self._changing:
                 return _Verdict(effect, Reason.CHANGING, f"`{name}`")
         return None
+
+
+class _Tables:
+    """The decision on the lookups: which of them gather ahead. Changes the verdicts of those."""
+
+    def __init__(self, analysis: _Analysis, verdicts: dict[torch.fx.Node, _Verdict], ahead: bool) -> None:
+        self.needed: list[torch.fx.Node] = []
+        self._analysis = analysis
+        self._verdicts = verdicts
+        self._on = ahead
+        self._tables: dict[int, tuple[str, torch.Tensor]] = {}
+        self._ahead: dict[int, list[str]] = {}
+        self._kept: dict[int, list[tuple[str, str]]] = {}
+
+    def judge(self, order: Iterable[torch.fx.Node]) -> "_Tables":
+        for node in order:
+            lookup = None if self._verdicts[node].lifted else find_lookup(node, self._analysis.capture)
+            if lookup is None:
+                continue
+            key = id(lookup.weight)
+            self._tables.setdefault(key, (lookup.table, lookup.weight))
+            why = lookup.why if isinstance(lookup, Unliftable) else self._why_not(node, lookup)
+            if why is not None:
+                self._kept.setdefault(key, []).append((node.name, why))
+                continue
+            assert isinstance(lookup, Lookup)
+            self._ahead.setdefault(key, []).append(node.name)
+            self._verdicts[node] = _Verdict(self._verdicts[node].effect, Reason.LOOKUP, f"`{lookup.table}`")
+            self.needed += lookup.sources()
+        return self
+
+    def _why_not(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
+        if not self._on:
+            return 'the options say so (lookups="main", or do_smart_stage=False)'
+        return self._analysis.why_no_lookup(node, lookup)
+
+    def plans(self) -> tuple[TablePlan, ...]:
+        return tuple(
+            TablePlan(
+                name, len(weight), weight[:1].numel(), tuple(self._ahead.get(key, ())), tuple(self._kept.get(key, ()))
+            )
+            for key, (name, weight) in self._tables.items()
+        )
 
 
 def input_position(placeholder: torch.fx.Node) -> int:
@@ -245,14 +317,17 @@ def _check_marks(order: list[torch.fx.Node], verdicts: dict[torch.fx.Node, _Verd
 
 
 def _keep_what_costs_nothing(
-    order: list[torch.fx.Node], verdicts: dict[torch.fx.Node, _Verdict], marked: set[torch.fx.Node]
+    order: list[torch.fx.Node],
+    verdicts: dict[torch.fx.Node, _Verdict],
+    marked: set[torch.fx.Node],
+    gathered: list[torch.fx.Node],
 ) -> None:
-    """Leave free operations in the step unless lifted work needs them or they hang on lifted work.
+    """Leave free operations in the step unless lifted work or a gather needs them, or they hang on lifted work.
 
     A stage of nothing but views would cost a hand-over and save nothing.
     """
     work = [n for n in order if verdicts[n].lifted and (verdicts[n].effect.kind is Kind.PURE or n in marked)]
-    needed = _ancestors(work)
+    needed = _ancestors([*work, *gathered])
     hangs_on_work = set(work)
     for node in order:
         if verdicts[node].lifted and any(source in hangs_on_work for source in node.all_input_nodes):

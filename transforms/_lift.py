@@ -5,7 +5,7 @@ The law, for every batch: ``main(batch, stage(batch)) == forward(batch)``.
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torchstage import markers
 from torchstage._structure import flatten
 from torchstage.transforms._analysis import cut_of, input_position, without_marks
 from torchstage.transforms._capture import Capture
+from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._plan import Plan
 
 
@@ -36,11 +37,33 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a value comes from: ``leaf`` is the position of a leaf of the call, else ``value`` of what the stage returns."""
+
+    leaf: int | None
+    value: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """A lookup whose rows are gathered ahead, and where its row numbers and the starts of its bags come from."""
+
+    lookup: Lookup
+    ids: Origin
+    offsets: Origin | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Lifted:
-    """A forward in two parts: ``main`` takes what ``stage`` returns after its own inputs."""
+    """A forward in two parts.
+
+    After its own inputs ``main`` takes what ``stage`` returns, and then an object for each of ``gathers`` whose method
+    ``lookup``, called with the arguments of the original call, stands in for it.
+    """
 
     stage: Part
     main: Part
+    gathers: tuple[Gather, ...] = ()
 
 
 def lift(capture: Capture, plan: Plan) -> Lifted:
@@ -50,13 +73,34 @@ def lift(capture: Capture, plan: Plan) -> Lifted:
     kept = [node for node in capture.graph.nodes if node.op.startswith("call_") and node.name not in names]
     cut = cut_of(capture.graph, lambda node: node.name in names)
     output = next(iter(reversed(capture.graph.nodes)))
+    gathers = tuple(_gather(node, cut, capture) for node in kept if node.name in plan.lookups)
     return Lifted(
         stage=extract(capture, lifted, cut, f"{plan.model}Stage", ahead=True),
-        main=extract(capture, kept, output.args[0], f"{plan.model}Main"),
+        main=extract(capture, kept, output.args[0], f"{plan.model}Main", gathered=[g.lookup.node for g in gathers]),
+        gathers=gathers,
     )
 
 
-def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name: str, *, ahead: bool = False) -> Part:
+def _gather(node: torch.fx.Node, cut: list[torch.fx.Node], capture: Capture) -> Gather:
+    lookup = find_lookup(node, capture)
+    assert isinstance(lookup, Lookup)
+    return Gather(lookup, _origin(lookup.ids, cut), None if lookup.offsets is None else _origin(lookup.offsets, cut))
+
+
+def _origin(node: torch.fx.Node, cut: list[torch.fx.Node]) -> Origin:
+    node = without_marks(node)
+    return Origin(input_position(node), None) if node.op == "placeholder" else Origin(None, cut.index(node))
+
+
+def extract(
+    capture: Capture,
+    nodes: Iterable[torch.fx.Node],
+    results: Any,
+    name: str,
+    *,
+    ahead: bool = False,
+    gathered: Sequence[str] = (),
+) -> Part:
     """Build a module of ``nodes`` (in graph order) that returns ``results``, a list of nodes and constants.
 
     Values of other nodes become inputs, state and submodules are the model's own objects, marks vanish. What runs
@@ -72,6 +116,7 @@ def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name
     values = [node for node in in_order if node.op.startswith("call_") and node not in inside]
     for node in leaves + values:
         copies[node] = graph.placeholder(node.name)
+    stand_ins = {node: graph.placeholder(f"rows_of_{node}") for node in gathered}
     targets = _Targets()
 
     def copy_of(node: torch.fx.Node) -> torch.fx.Node:
@@ -86,6 +131,11 @@ def extract(capture: Capture, nodes: Iterable[torch.fx.Node], results: Any, name
             continue
         for source in node.all_input_nodes:
             copy_of(source)
+        if node.name in stand_ins:
+            arguments = torch.fx.node.map_arg(node.args, copy_of), torch.fx.node.map_arg(node.kwargs, copy_of)
+            copies[node] = graph.call_method("lookup", (stand_ins[node.name], *arguments[0]), arguments[1])
+            copies[node].meta = dict(node.meta)
+            continue
         copies[node] = graph.node_copy(node, copy_of)
         if node.op == "call_module":
             path = str(node.target)

@@ -29,6 +29,7 @@ class Reason(enum.Enum):
     BELOW_MARK = "is not above a `staged` mark, and do_smart_stage is off"
     FREE = "costs nothing, so carrying it would save nothing"
     DEPENDS = "depends on work of the step"
+    LOOKUP = "gathers rows of a trained table, which are gathered ahead and repaired in the step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,34 @@ class NodePlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class TablePlan:
+    """The decision on the lookups of one trained table.
+
+    Attributes:
+        name: the table's name in the model.
+        rows: how many rows it has.
+        columns: the length of a row.
+        ahead: names of the nodes whose rows are gathered ahead.
+        kept: names of the nodes that gather in the step, each with the reason.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    ahead: tuple[str, ...]
+    kept: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        parts = (
+            ["gathered ahead" if len(self.ahead) == 1 else f"{len(self.ahead)} lookups gathered ahead"]
+            if self.ahead
+            else []
+        )
+        parts += [f"`{node}` gathered in the step: {why}" for node, why in self.kept]
+        return f"`{self.name}` ({self.rows:,} x {self.columns}): {'; '.join(parts)}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The decision on a whole forward; frozen and printable.
 
@@ -72,6 +101,7 @@ class Plan:
         cut: names of the nodes whose values cross from stage to main.
         opaque: submodules that are called as a whole because they could not be captured, and why.
         uncaptured: why nothing was captured at all; empty if something was.
+        tables: the decision on each trained table that the forward looks up.
     """
 
     model: str
@@ -80,6 +110,7 @@ class Plan:
     cut: tuple[str, ...]
     opaque: tuple[tuple[str, str], ...] = ()
     uncaptured: str = ""
+    tables: tuple[TablePlan, ...] = ()
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -91,11 +122,16 @@ class Plan:
         """The nodes that stay in the step."""
         return tuple(node for node in self.nodes if not node.lifted)
 
+    @property
+    def lookups(self) -> frozenset[str]:
+        """The names of the nodes whose rows are gathered ahead."""
+        return frozenset(node for table in self.tables for node in table.ahead)
+
     def why_empty(self) -> str:
         """Say why nothing is staged; empty if something is."""
         if self.uncaptured:
             return f"the forward could not be captured: {self.uncaptured}"
-        if self.lifted:
+        if self.lifted or self.lookups:
             return ""
         causes = [node for node in self.nodes if node.reason not in (Reason.DEPENDS, Reason.FREE)]
         if not causes:
@@ -111,8 +147,11 @@ class Plan:
         lines = [head]
         if self.why_empty():
             return f"{head}\n  nothing is staged: {self.why_empty()}"
-        lines += ["  lifted:", *_grouped(self.lifted), f"  values that cross to the step: {_counted(list(self.cut))}"]
+        if self.lifted:
+            lines += ["  lifted:", *_grouped(self.lifted)]
+        lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
         lines += ["  kept in the step:", *_grouped(self.kept)]
+        lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
 

@@ -1,0 +1,96 @@
+"""Which rows of a table an optimizer's step writes, learnt from torch's global hooks on all optimizers.
+
+No optimizer is patched: the hooks are torch's own (`torch.optim.optimizer.register_optimizer_step_post_hook`), set while
+there is a table to watch.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torchstage.loaders._tables import Table
+
+_lock = threading.RLock()  # a finalizer may run inside
+_tables: dict[int, "weakref.ref[Table]"] = {}
+_handles: list[Any] = []
+
+
+def table_of(weight: torch.Tensor) -> Table:
+    """Return the journal of ``weight``: one for all models and loaders that look it up."""
+    with _lock:
+        known = _table(weight)
+        if known is not None:
+            return known
+        table = Table(weight)
+        _tables[id(weight)] = weakref.ref(table)
+        weakref.finalize(table, _forget, id(weight))
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before_step))
+            _handles.append(register_optimizer_step_post_hook(_after_step))
+        return table
+
+
+def _forget(key: int) -> None:
+    with _lock:
+        known = _tables.get(key)
+        if known is not None and known() is None:
+            del _tables[key]
+        if not _tables:
+            while _handles:
+                _handles.pop().remove()
+
+
+def _table(weight: torch.Tensor) -> Table | None:
+    known = _tables.get(id(weight))
+    table = known() if known is not None else None
+    return table if table is not None and table.owns(weight) else None
+
+
+def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            table = _table(weight)
+            if table is not None:
+                table.before_step()
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    closure = any(argument is not None for argument in [*args[1:], *kwargs.values()])
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            table = _table(weight)
+            if table is not None:
+                table.after_step(weight.grad, why_all_rows(optimizer, group, weight, closure))
+
+
+def why_all_rows(optimizer: Optimizer, group: dict[str, Any], weight: torch.Tensor, closure: bool) -> str | None:
+    """Say why a step of ``optimizer`` on ``weight`` may write rows that its gradient has not; None if it cannot.
+
+    Args:
+        optimizer: only those of torch, and no class derived from them, are known.
+        group: the parameter group of ``weight``.
+        weight: the table, with the gradient of the step.
+        closure: whether the step was given a closure, which may do anything between two writes.
+    """
+    kind = type(optimizer).__name__
+    grad = weight.grad
+    if type(optimizer) not in (SGD, Adagrad, SparseAdam):
+        form = "dense gradients under " if grad is not None and grad.layout is torch.strided else ""
+        return f"{form}{kind}"
+    if grad is not None and grad.layout is not torch.sparse_coo:
+        return f"dense gradients under {kind}"
+    for name in ("momentum", "weight_decay"):
+        if group.get(name, 0) != 0:
+            return f"{kind} with {name}"
+    if closure:
+        return f"{kind} with a closure"
+    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    everyones = len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
+    if hooks + everyones > len(_handles):
+        return f"{kind} with step hooks"
+    return None

@@ -1,0 +1,86 @@
+"""When to gather ahead: tried on the running job, decided by the time of its steps, and tried again now and then."""
+
+import collections
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+Lookups = Literal["auto", "exact", "main", "stale"]
+
+
+class Policy:
+    """Decides for each batch whether its rows are gathered ahead.
+
+    ``"auto"`` compares the time per step with and without, in turns: `PHASES` phases of some steps each, of which the
+    first ones are left out, since batches of the phase before are still under way. What is faster in the median is kept
+    for `HOLD` times as many steps as the trial took; then it is tried again. Gathering in the step wins if the two are
+    within `MARGIN`.
+
+    Args:
+        lookups: the option.
+        lag: how many batches may be under way when a phase begins.
+        clock: seconds.
+    """
+
+    PHASES = 4
+    SAMPLES = 8
+    HOLD = 40
+    MARGIN = 0.01
+
+    def __init__(self, lookups: Lookups, lag: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._lookups = lookups
+        self._lag = lag + 1
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._choice = False
+        self._last: tuple[float, bool] | None = None
+        self._settled = 0
+        self._times: dict[bool, collections.deque[float]] = {
+            ahead: collections.deque(maxlen=self.PHASES * self.SAMPLES) for ahead in (False, True)
+        }
+        self.trials = 0
+
+    @property
+    def trial_steps(self) -> int:
+        """How many steps a trial takes."""
+        return self.PHASES * (self._lag + self.SAMPLES)
+
+    def ahead(self) -> bool:
+        """Decide for the next batch. Called once for each, by the thread that stages it."""
+        if self._lookups != "auto":
+            return self._lookups in ("exact", "stale")
+        with self._lock:
+            number = self._asked
+            self._asked += 1
+            if number < self.trial_steps:
+                return number // (self._lag + self.SAMPLES) % 2 == 1
+            if number == self.trial_steps + self._lag:
+                self._decide()
+            elif number >= self.trial_steps * (1 + self.HOLD):
+                self._asked = 0
+            return self._choice
+
+    def step(self, ahead: bool) -> None:
+        """Note that a step begins whose rows were gathered ``ahead`` or not. Called by the training thread."""
+        if self._lookups != "auto":
+            return
+        now = self._clock()
+        with self._lock:
+            if self._last is not None:
+                before, was = self._last
+                if self._settled > self._lag:
+                    self._times[was].append(now - before)
+                self._settled = self._settled + 1 if was == ahead else 0
+            self._last = (now, ahead)
+
+    def _decide(self) -> None:
+        inside, outside = self._times[True], self._times[False]
+        self._choice = bool(
+            inside and outside and statistics.median(inside) < (1 - self.MARGIN) * statistics.median(outside)
+        )
+        inside.clear()
+        outside.clear()
+        self.trials += 1

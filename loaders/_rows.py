@@ -1,0 +1,341 @@
+"""Rows of trained tables that are gathered ahead of the step, and repaired in it.
+
+On the stage's thread `gather` notes what each table is (`torchstage.loaders._tables`) and copies the rows of a batch. In
+the step `Rows.lookup` stands in for the plain lookup: it reads again the rows that may have been written since, exactly
+those, and hands the rest to autograd as the lookup's result. Whenever that is not possible, the plain lookup runs.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from torchstage.loaders._lookup_functions import BagOfRows, Bags, GatheredRows, Taken
+from torchstage.loaders._optimizers import table_of
+from torchstage.loaders._tables import Reading, Table
+from torchstage.transforms._capture import has_hooks
+from torchstage.transforms._lift import Gather, Origin
+from torchstage.transforms._lookups import Form, Lookup
+
+
+@dataclasses.dataclass
+class Figures:
+    """What the lookups of one site cost and saved; times in seconds. Written by the step, but for ``gather``."""
+
+    gathers: int = 0
+    gather: float = 0.0
+    rows: int = 0
+    bytes: int = 0
+    unique: float = 0.0
+    used: int = 0
+    used_seconds: float = 0.0
+    repaired: int = 0
+    kept: int = 0
+    kept_seconds: float = 0.0
+    staleness: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Site:
+    """One lookup of a model: its table's journal, the plain operation, its figures.
+
+    Args:
+        gather: the lookup and where its row numbers come from.
+        node: its node in the captured graph.
+        max_staleness: None to repair; else how many writes of the table rows may miss.
+    """
+
+    def __init__(self, gather: Gather, node: torch.fx.Node, max_staleness: int | None) -> None:
+        self.lookup: Lookup = gather.lookup
+        self.table: Table = table_of(gather.lookup.weight)
+        self.figures = Figures()
+        self.max_staleness = max_staleness
+        self.off: str | None = None  # why not to gather ahead now
+        self._ids = gather.ids
+        self._offsets = gather.offsets
+        self._plain = _operation(node, gather.lookup)
+
+    def inputs(self) -> list[int]:
+        """Return the positions of the leaves that the gather reads."""
+        return [o.leaf for o in (self._ids, self._offsets) if o is not None and o.leaf is not None]
+
+    def given(self, leaves: Sequence[Any], values: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the row numbers and the bags' starts of a call."""
+        return _value(self._ids, leaves, values), _value(self._offsets, leaves, values)
+
+    def why_not(self, records: bool) -> str | None:
+        """Say why gathering ahead would be in vain, or None."""
+        if records and self.max_staleness is None and self.table.written_whole:
+            return self.table.why_all
+        return self.off
+
+    def changed(self) -> str | None:
+        """Say what about the layer is not as it was at capture, or None."""
+        module = self.lookup.module
+        if module is None:
+            return None
+        if module._parameters.get("weight") is not self.lookup.weight:
+            return "table replaced"
+        if has_hooks(module) or "forward" in module.__dict__ or "parametrizations" in module._modules:
+            return "layer changed"
+        return None
+
+    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any) -> Any:
+        """Run the lookup as the plain model does.
+
+        Raises:
+            IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
+        """
+        try:
+            return self._plain(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            message = self._out_of_range(ids)
+            if message is None:
+                raise
+            raise type(error)(message) from error
+
+    def _out_of_range(self, ids: Any) -> str | None:
+        weight = self._weight_now()
+        least = -len(weight) if self.lookup.form is Form.INDEX else 0
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+            return None
+        outside = ids[(ids < least) | (ids >= len(weight))]
+        if not outside.numel():
+            return None
+        return (
+            f"a row number of the table `{self.lookup.table}` is out of range: it has {len(weight)} rows, so row numbers are "
+            f"{least} to {len(weight) - 1}. Found: {int(outside[0])}"
+            f"{f' and {outside.numel() - 1} more' if outside.numel() > 1 else ''} in a tensor of shape {list(ids.shape)}."
+        )
+
+    def _weight_now(self) -> torch.Tensor:
+        module = self.lookup.module
+        return self.lookup.weight if module is None else module.weight  # type: ignore[return-value]
+
+
+class Rows:
+    """The rows of one lookup for one batch. Used once: they become part of the forward's results.
+
+    Args:
+        site: the lookup.
+        ids: its row numbers, int [N] or of the lookup's shape.
+        why: why no rows were gathered.
+    """
+
+    def __init__(self, site: Site, ids: Any, why: str) -> None:
+        self.site = site
+        self.ids = ids
+        self.why = why
+        self._reading: Reading | None = None
+        self._number = 0
+        self._keys: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        self._bags: Bags | None = None
+        self._piece: torch.Tensor | None = None
+
+    @property
+    def gathered(self) -> bool:
+        """Whether there are rows that can be used."""
+        return self._rows is not None
+
+    def fill(self, reading: Reading, number: int, keys: torch.Tensor, bags: Bags | None) -> None:
+        """Copy the rows. Runs on the stage's thread, after the reading was taken."""
+        lookup = self.site.lookup
+        weight = lookup.weight.detach()
+        if bags is not None:
+            rows = weight.index_select(0, keys)
+        elif lookup.form is Form.INDEX:
+            rows = weight[self.ids]
+        elif lookup.form is Form.SELECT:
+            rows = weight.index_select(0, self.ids)
+        else:
+            rows = torch.embedding(weight, self.ids)
+        if not rows.is_contiguous():
+            self.why = "the row numbers are in an unusual order in memory"
+            return
+        if lookup.sparse:  # the row numbers of the sparse gradient that this lookup will have
+            flat = self.ids.reshape(-1)
+            self._piece = flat if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
+        self._reading, self._number, self._keys, self._bags, self._rows = reading, number, keys, bags, rows
+
+    def lookup(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the plain lookup that is called so."""
+        started = time.perf_counter()
+        figures, why = self.site.figures, self._not_usable()
+        if why is not None:
+            self._rows = self._reading = None
+            result = self.site.run_plain(args, kwargs, self.ids)
+            figures.kept += 1
+            figures.kept_seconds += time.perf_counter() - started
+            figures.reasons[why] = figures.reasons.get(why, 0) + 1
+            return result
+        result = self._use(args, kwargs)
+        figures.used += 1
+        figures.used_seconds += time.perf_counter() - started
+        return result
+
+    def _not_usable(self) -> str | None:
+        """Bring the rows up to date; say why that cannot be, or None."""
+        if self._rows is None:
+            return self.why
+        self.why = "rows used by an earlier call"
+        site, reading, keys, rows = self.site, self._reading, self._keys, self._rows
+        assert reading is not None
+        assert keys is not None
+        changed = site.changed()
+        if changed is not None:
+            return changed
+        weight = site.lookup.weight
+        stale = site.table.stale_rows(weight, reading, self._number, keys)
+        if site.max_staleness is not None:
+            missed = site.table.staleness(reading)
+            site.figures.staleness = max(site.figures.staleness, missed)
+            if isinstance(stale, str) and stale == "table replaced":
+                return stale
+            return "too stale" if missed > site.max_staleness else None
+        if isinstance(stale, str):
+            return stale
+        flat = rows.view(-1, weight.shape[1])
+        weight = weight.detach()
+        if stale is not None and len(stale):
+            flat.index_copy_(0, stale, weight.index_select(0, keys.index_select(0, stale)))
+            site.figures.repaired += len(stale)
+        return self._probe(flat, weight, keys)
+
+    def _probe(self, rows: torch.Tensor, weight: torch.Tensor, keys: torch.Tensor) -> str | None:
+        """Compare one row with the table: a write through ``.data`` leaves no other trace."""
+        assert self._reading is not None
+        if len(keys):
+            at = self._reading.serial % len(keys)
+            if not torch.equal(rows[at], weight[keys[at]]):
+                self.site.table.doubt("table written through .data, or not a number")
+                return "table written through .data, or not a number"
+        return None
+
+    def _use(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        lookup, rows, reading = self.site.lookup, self._rows, self._reading
+        assert rows is not None
+        assert reading is not None
+        weight = lookup.weight
+        records = torch.is_grad_enabled() and weight.requires_grad
+        if records and self._piece is not None:
+            self.site.table.used(reading, self._piece)
+        self._rows = self._reading = None
+        if self._bags is not None:
+            return self._use_bags(rows, self._bags, _sample_weights(lookup, args, kwargs))
+        if not records:
+            return rows
+        return GatheredRows.apply(weight, self.ids, Taken(rows), lookup)  # type: ignore[no-any-return]
+
+    def _use_bags(self, rows: torch.Tensor, bags: Bags, sample_weights: torch.Tensor | None) -> torch.Tensor:
+        if sample_weights is not None:
+            sample_weights = sample_weights.reshape(-1)
+        lookup = self.site.lookup
+        return BagOfRows.apply(lookup.weight, sample_weights, rows, bags, lookup)  # type: ignore[no-any-return]
+
+
+def gather(
+    sites: Sequence[Site], leaves: Sequence[Any], values: Sequence[Any], why: str | None, records: bool
+) -> list[Rows]:
+    """Gather the rows of a batch for all lookups. Runs on the stage's thread.
+
+    Args:
+        sites: the lookups.
+        leaves: the leaves of the call.
+        values: what the stage returned.
+        why: why nothing is gathered for this batch; None to gather.
+        records: whether the steps record gradients, so that tables are written between them.
+    """
+    found: list[Rows] = []
+    by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | None]]] = {}
+    for site in sites:
+        ids, offsets = site.given(leaves, values)
+        rows = Rows(site, ids, why or site.why_not(records) or "")
+        found.append(rows)
+        if not rows.why:
+            prepared = _prepare(site.lookup, ids, offsets)
+            if isinstance(prepared, str):
+                rows.why = prepared
+            else:
+                by_table.setdefault(id(site.table), []).append((rows, *prepared))
+    for members in by_table.values():
+        started = time.perf_counter()
+        table = members[0][0].site.table
+        try:
+            reading = table.read([keys for _, keys, _ in members])
+        except (IndexError, RuntimeError):  # the plain lookup raises it, in the step that has the batch
+            for rows, _, _ in members:
+                rows.why = "row numbers out of range"
+            continue
+        for number, (rows, keys, bags) in enumerate(members):
+            rows.fill(reading, number, keys, bags)
+            _count(rows.site, keys, started)
+            started = time.perf_counter()
+    return found
+
+
+def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags | None] | str:
+    """Return the row numbers to gather, [M], and the bags if there are any; or why there is nothing to gather."""
+    if type(ids) is not torch.Tensor or ids.dtype not in (torch.int64, torch.int32):
+        return "the row numbers are no tensor of whole numbers"
+    if ids.dim() == 0 or not ids.numel() or ids.device != lookup.weight.device:
+        return "no row numbers"
+    flat = ids.reshape(-1)
+    if lookup.form is Form.INDEX:
+        flat = torch.where(flat < 0, flat + len(lookup.weight), flat)
+    if lookup.form is not Form.BAG:
+        return flat, None
+    if ids.dim() == 2 and offsets is None:
+        offsets = torch.arange(0, ids.numel(), ids.shape[1], dtype=ids.dtype)
+    if ids.dim() > 2 or type(offsets) is not torch.Tensor or offsets.dim() != 1:
+        return "the bags are of another form"
+    places = torch.arange(len(flat), dtype=flat.dtype)
+    padding = -1
+    keys = flat
+    if (
+        lookup.padding_idx >= 0
+    ):  # one more row, which stands for the padding: so its kernel is used although none may occur
+        padding = len(flat)
+        keys = torch.cat([flat, flat.new_tensor([lookup.padding_idx])])
+        places = torch.where(flat == lookup.padding_idx, padding, places)
+    return keys, Bags(flat, offsets, places, None if keys is flat else keys, padding)
+
+
+def _count(site: Site, keys: torch.Tensor, started: float) -> None:
+    figures = site.figures
+    if figures.gathers % _UNIQUE_EVERY == 0 and len(keys):
+        figures.unique = len(torch.unique(keys)) / len(keys)
+    figures.gathers += 1
+    figures.gather += time.perf_counter() - started
+    figures.rows += len(keys)
+    figures.bytes += len(keys) * site.lookup.weight.shape[1] * site.lookup.weight.element_size()
+
+
+def _value(origin: Origin | None, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
+    if origin is None:
+        return None
+    return leaves[origin.leaf] if origin.leaf is not None else values[origin.value or 0]
+
+
+def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    if lookup.sample_weights is None:
+        return None
+    position = 2 if lookup.module is not None else 8
+    given: torch.Tensor = kwargs["per_sample_weights"] if "per_sample_weights" in kwargs else args[position]
+    return given
+
+
+def _operation(node: torch.fx.Node, lookup: Lookup) -> Callable[..., Any]:
+    """Return what the node calls."""
+    if lookup.module is not None:
+        return lookup.module
+    target: Any = node.target
+    if isinstance(target, str):
+        return lambda table, *args, **kwargs: getattr(table, target)(*args, **kwargs)
+    return target  # type: ignore[no-any-return]
+
+
+_UNIQUE_EVERY = 64

@@ -1,0 +1,225 @@
+"""The journal of a trained table: which of its rows may have been written since a gather.
+
+Contract (tests/test_tables.py has a test per number).
+
+ 1. Readings. `Table.read` is called before a gather and returns a `Reading`. `Table.stale_rows` says, for a reading,
+    which of the gathered rows may have been written since then: none, some positions, or all.
+ 2. Order. What is written after `read` began counts as written after the gather: the reading is taken before the first
+    row is copied, and a write is noted when it is done. So a write that overlaps a gather is repaired.
+ 3. Suspects. Each reading has a serial number, and every row remembers the last one that looked it up (``_seen``). A
+    reading's suspects are the rows that unfinished readings also look up: those that are not used yet, or used by a
+    forward whose step is still to come. They are what the coming steps may write, and they are found when the reading
+    is taken, on the stage's thread: the step itself need not search for them.
+ 4. Proof. A tracked optimizer step is row-local if its gradient is sparse and its update touches no other row
+    (`torchstage.loaders._optimizers`). If the gradient's row numbers are those of lookups of unfinished readings, in any
+    order, the rows it wrote are suspects of every later reading; earlier readings search for them. If not (another rank's
+    rows, a coalesced gradient, a lookup elsewhere) the written rows are stamped with a new serial, and all readings that
+    were taken before search for them.
+ 5. Doubt. Any other write, a tracked step that is not row-local or a version of the tensor that moved by itself, counts as
+    a write of all rows. So does replaced memory. A few bytes of each reading are compared with the table all the same
+    (`torchstage.loaders._rows`), for writes through ``.data``, which leave no trace.
+ 6. Bounds. One int32 per row, and as many pieces of row numbers as lookups since the last step, at most 64.
+"""
+
+import collections
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_MOST_PIECES = 64
+
+
+class Reading:
+    """What a table was when rows of it were gathered. Unfinished for as long as somebody holds it.
+
+    Attributes:
+        clock: writes noted before.
+        serial: the number of this reading.
+        suspects: for each gather, int64 positions of the rows that unfinished readings look up too.
+        memory: identity of the table's memory.
+    """
+
+    def __init__(self, clock: int, serial: int, suspects: list[torch.Tensor], memory: object) -> None:
+        self.clock = clock
+        self.serial = serial
+        self.suspects = suspects
+        self.memory = memory
+
+
+class Table:
+    """The journal of one parameter. All methods may be called by any thread.
+
+    Args:
+        weight: the parameter, [rows, columns]. Held weakly.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weakref.ref(weight)
+        self._lock = threading.Lock()
+        self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        self._memory = _memory_of(weight)
+        self._version = weight._version
+        self._serial = 0
+        self._clock = 0
+        self._all_at = 0  # the clock of the last write of all rows
+        self._searched_at = 0  # the clock of the last write whose rows were stamped
+        self._applied = 0  # the highest serial whose rows were written
+        self._open: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
+        self._stepping = False  # a tracked step is at work: the version moves, and its rows are told when it is done
+        self._pieces: collections.deque[tuple[int, torch.Tensor]] = collections.deque(maxlen=_MOST_PIECES)
+        self.why_all = ""
+
+    def owns(self, weight: torch.Tensor) -> bool:
+        """Whether this is the journal of ``weight``."""
+        return self._weight() is weight
+
+    @property
+    def clock(self) -> int:
+        """How many writes were noted."""
+        return self._clock
+
+    @property
+    def written_whole(self) -> bool:
+        """Whether the last write that was noted was of all rows."""
+        return self._clock > 0 and self._all_at == self._clock
+
+    def read(self, keys: Sequence[torch.Tensor]) -> Reading:
+        """Note that the rows ``keys`` are about to be gathered.
+
+        Args:
+            keys: for each gather, int32 or int64 [M], row numbers within the table.
+
+        Raises:
+            IndexError: a row number is out of range.
+        """
+        weight = self._weight()
+        assert weight is not None
+        with self._lock:
+            self._look_at(weight, versions=not self._stepping)
+            unfinished = [*self._open.keys(), *[serial for serial, _ in self._pieces]]
+            self._serial += 1
+            floor = min(unfinished, default=self._serial)
+            suspects = [(self._seen.index_select(0, part) >= floor).nonzero().view(-1) for part in keys]
+            for part in keys:
+                self._seen.index_fill_(0, part.long(), self._serial)
+            reading = Reading(self._clock, self._serial, suspects, self._memory)
+            self._open[self._serial] = reading
+            return reading
+
+    def used(self, reading: Reading, rows: torch.Tensor) -> None:
+        """Note that a forward that records gradients used the lookup ``rows``, int [N], of a reading."""
+        with self._lock:
+            self._pieces.append((reading.serial, rows))
+
+    def stale_rows(
+        self, weight: torch.Tensor, reading: Reading, number: int, keys: torch.Tensor
+    ) -> torch.Tensor | str | None:
+        """Say which rows of gather ``number`` of a reading may have been written: None, positions, or why all of them."""
+        with self._lock:
+            if weight is not self._weight() or _memory_of(weight) != reading.memory:
+                return "table replaced"
+            self._look_at(weight)
+            if self._clock == reading.clock:
+                return None
+            if self._all_at > reading.clock:
+                return self.why_all
+            positions = reading.suspects[number]
+            if self._searched_at > reading.clock or self._applied > reading.serial:
+                later = (self._seen.index_select(0, keys) > reading.serial).nonzero().view(-1)
+                positions = torch.cat([positions, later])
+            return positions
+
+    def staleness(self, reading: Reading) -> int:
+        """Return how many writes were noted since a reading."""
+        return self._clock - reading.clock
+
+    def doubt(self, why: str) -> None:
+        """Count a write of all rows that left no trace."""
+        with self._lock:
+            self._wrote_all(why)
+
+    def before_step(self) -> None:
+        """Note that a tracked optimizer step begins: what was written until now was written by somebody else."""
+        weight = self._weight()
+        if weight is not None:
+            with self._lock:
+                self._look_at(weight)
+                self._stepping = True
+
+    def after_step(self, grad: torch.Tensor | None, why_all: str | None) -> None:
+        """Note that a tracked optimizer step is done.
+
+        Args:
+            grad: the gradient that it applied.
+            why_all: why it may have written other rows than the gradient's; None if it has not.
+        """
+        weight = self._weight()
+        if weight is None:
+            return
+        with self._lock:
+            self._stepping = False
+            moved = weight._version != self._version
+            self._version = weight._version
+            if why_all is not None:
+                self._wrote_all(why_all)
+            elif grad is None:
+                if moved:
+                    self._wrote_all("written without a gradient")
+            elif grad._nnz():
+                self._wrote_rows(grad._indices()[0])
+
+    def _look_at(self, weight: torch.Tensor, versions: bool = True) -> None:
+        memory = _memory_of(weight)
+        if memory != self._memory:
+            self._memory = memory
+            self._version = weight._version
+            self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+            self._wrote_all("table replaced")
+        elif versions and weight._version != self._version:
+            self._version = weight._version
+            self._wrote_all("table written outside the optimizer's step")
+
+    def _wrote_all(self, why: str) -> None:
+        self._clock += 1
+        self._all_at = self._clock
+        self.why_all = why
+        self._pieces.clear()
+
+    def _wrote_rows(self, rows: torch.Tensor) -> None:
+        self._clock += 1
+        serials = _match(rows, list(self._pieces))
+        self._pieces.clear()
+        if serials:
+            self._applied = max(self._applied, *serials)
+        elif self._open:
+            self._serial += 1
+            self._seen.index_fill_(0, rows, self._serial)
+            self._searched_at = self._clock
+        else:  # nobody waits to know which rows
+            self._all_at = self._clock
+            self.why_all = "written by an unknown lookup"
+
+
+def _match(rows: torch.Tensor, pieces: list[tuple[int, torch.Tensor]]) -> list[int]:
+    """Return the serials of the pieces that ``rows`` is made of, in whatever order; none if it is not."""
+    serials, start = [], 0
+    while start < len(rows):
+        for position, (serial, piece) in enumerate(pieces):
+            part = rows[start : start + len(piece)]
+            same = part.data_ptr() == piece.data_ptr() and part.dtype == piece.dtype and part.stride() == piece.stride()
+            if len(part) == len(piece) > 0 and (same or torch.equal(part, piece.to(part.dtype))):
+                serials.append(serial)
+                start += len(piece)
+                del pieces[position]
+                break
+        else:
+            return []
+    return serials
+
+
+def _memory_of(weight: torch.Tensor) -> object:
+    # The weak reference keeps the address of memory that is gone from being given out again, to look like it.
+    return StorageWeakRef(weight.untyped_storage()), weight.shape, weight.dtype, weight.stride(), weight.device
