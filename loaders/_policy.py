@@ -48,6 +48,11 @@ class Policy:
         """How many steps a trial takes."""
         return self.PHASES * (self._lag + self.SAMPLES)
 
+    @property
+    def trying(self) -> bool:
+        """Whether to gather although it was seen to save nothing: in a trial, and if there never is one."""
+        return self._lookups != "auto" or self._asked <= self.trial_steps
+
     def ahead(self) -> bool:
         """Decide for the next batch. Called once for each, by the thread that stages it."""
         if self._lookups != "auto":

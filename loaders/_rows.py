@@ -5,7 +5,7 @@ the step `Rows.lookup` stands in for the plain lookup: it reads again the rows t
 those, and hands the rest to autograd as the lookup's result. Whenever that is not possible, the plain lookup runs.
 """
 
-import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,27 +16,10 @@ import torch.fx
 from torchstage.loaders._lookup_functions import BagOfRows, Bags, GatheredRows, Taken
 from torchstage.loaders._optimizers import table_of
 from torchstage.loaders._tables import Reading, Table
+from torchstage.stats import LookupCounts
 from torchstage.transforms._capture import has_hooks
 from torchstage.transforms._lift import Gather, Origin
 from torchstage.transforms._lookups import Form, Lookup
-
-
-@dataclasses.dataclass
-class Figures:
-    """What the lookups of one site cost and saved; times in seconds. Written by the step, but for ``gather``."""
-
-    gathers: int = 0
-    gather: float = 0.0
-    rows: int = 0
-    bytes: int = 0
-    unique: float = 0.0
-    used: int = 0
-    used_seconds: float = 0.0
-    repaired: int = 0
-    kept: int = 0
-    kept_seconds: float = 0.0
-    staleness: int = 0
-    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Site:
@@ -46,14 +29,16 @@ class Site:
         gather: the lookup and where its row numbers come from.
         node: its node in the captured graph.
         max_staleness: None to repair; else how many writes of the table rows may miss.
+        figures: its counts.
     """
 
-    def __init__(self, gather: Gather, node: torch.fx.Node, max_staleness: int | None) -> None:
+    def __init__(self, gather: Gather, node: torch.fx.Node, max_staleness: int | None, figures: LookupCounts) -> None:
         self.lookup: Lookup = gather.lookup
         self.table: Table = table_of(gather.lookup.weight)
-        self.figures = Figures()
+        self.figures = figures
         self.max_staleness = max_staleness
-        self.off: str | None = None  # why not to gather ahead now
+        self.counting = threading.Lock()
+        self._usual: dict[bool, float] = {}  # seconds of a lookup in the step, by whether its rows came from ahead
         self._ids = gather.ids
         self._offsets = gather.offsets
         self._plain = _operation(node, gather.lookup)
@@ -66,11 +51,29 @@ class Site:
         """Return the row numbers and the bags' starts of a call."""
         return _value(self._ids, leaves, values), _value(self._offsets, leaves, values)
 
-    def why_not(self, records: bool) -> str | None:
-        """Say why gathering ahead would be in vain, or None."""
+    def why_not(self, records: bool, trying: bool) -> str | None:
+        """Say why gathering ahead would be in vain, or None.
+
+        Args:
+            records: whether the steps record gradients, so that the table is written between them.
+            trying: whether to gather although it was seen to save nothing.
+        """
         if records and self.max_staleness is None and self.table.written_whole:
             return self.table.why_all
-        return self.off
+        if not trying and len(self._usual) == 2 and self._usual[True] >= self._usual[False]:
+            return AS_FAST
+        return None
+
+    def took(self, ahead: bool, seconds: float) -> None:
+        """Note how long a lookup in the step took."""
+        usual = self._usual.get(ahead, seconds)
+        self._usual[ahead] = usual + _LATEST * (seconds - usual)
+        if ahead:
+            self.figures.used += 1
+            self.figures.used_seconds += seconds
+        else:
+            self.figures.kept += 1
+            self.figures.kept_seconds += seconds
 
     def changed(self) -> str | None:
         """Say what about the layer is not as it was at capture, or None."""
@@ -164,17 +167,14 @@ class Rows:
     def lookup(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the plain lookup that is called so."""
         started = time.perf_counter()
-        figures, why = self.site.figures, self._not_usable()
+        why = self._not_usable()
         if why is not None:
             self._rows = self._reading = None
             result = self.site.run_plain(args, kwargs, self.ids)
-            figures.kept += 1
-            figures.kept_seconds += time.perf_counter() - started
-            figures.reasons[why] = figures.reasons.get(why, 0) + 1
-            return result
-        result = self._use(args, kwargs)
-        figures.used += 1
-        figures.used_seconds += time.perf_counter() - started
+            self.site.figures.reasons[why] += 1
+        else:
+            result = self._use(args, kwargs)
+        self.site.took(why is None, time.perf_counter() - started)
         return result
 
     def _not_usable(self) -> str | None:
@@ -238,7 +238,7 @@ class Rows:
 
 
 def gather(
-    sites: Sequence[Site], leaves: Sequence[Any], values: Sequence[Any], why: str | None, records: bool
+    sites: Sequence[Site], leaves: Sequence[Any], values: Sequence[Any], *, ahead: bool, records: bool, trying: bool
 ) -> list[Rows]:
     """Gather the rows of a batch for all lookups. Runs on the stage's thread.
 
@@ -246,14 +246,15 @@ def gather(
         sites: the lookups.
         leaves: the leaves of the call.
         values: what the stage returned.
-        why: why nothing is gathered for this batch; None to gather.
+        ahead: whether to gather at all.
         records: whether the steps record gradients, so that tables are written between them.
+        trying: whether to gather although it was seen to save nothing.
     """
     found: list[Rows] = []
     by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | None]]] = {}
     for site in sites:
         ids, offsets = site.given(leaves, values)
-        rows = Rows(site, ids, why or site.why_not(records) or "")
+        rows = Rows(site, ids, (site.why_not(records, trying) if ahead else AS_FAST) or "")
         found.append(rows)
         if not rows.why:
             prepared = _prepare(site.lookup, ids, offsets)
@@ -272,8 +273,9 @@ def gather(
             continue
         for number, (rows, keys, bags) in enumerate(members):
             rows.fill(reading, number, keys, bags)
-            _count(rows.site, keys, started)
-            started = time.perf_counter()
+            now = time.perf_counter()
+            _count(rows.site, keys, now - started)
+            started = now
     return found
 
 
@@ -304,14 +306,15 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
     return keys, Bags(flat, offsets, places, None if keys is flat else keys, padding)
 
 
-def _count(site: Site, keys: torch.Tensor, started: float) -> None:
+def _count(site: Site, keys: torch.Tensor, seconds: float) -> None:
     figures = site.figures
-    if figures.gathers % _UNIQUE_EVERY == 0 and len(keys):
+    with site.counting:
+        look = figures.gathers % _UNIQUE_EVERY == 0
+        figures.gathers += 1
+        figures.gather_seconds += seconds
+        figures.bytes += len(keys) * site.lookup.weight.shape[1] * site.lookup.weight.element_size()
+    if look:
         figures.unique = len(torch.unique(keys)) / len(keys)
-    figures.gathers += 1
-    figures.gather += time.perf_counter() - started
-    figures.rows += len(keys)
-    figures.bytes += len(keys) * site.lookup.weight.shape[1] * site.lookup.weight.element_size()
 
 
 def _value(origin: Origin | None, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
@@ -338,4 +341,6 @@ def _operation(node: torch.fx.Node, lookup: Lookup) -> Callable[..., Any]:
     return target  # type: ignore[no-any-return]
 
 
+AS_FAST = 'as fast in the step (lookups="auto")'
 _UNIQUE_EVERY = 64
+_LATEST = 0.1  # the weight of the latest lookup in the usual time of one

@@ -7,6 +7,7 @@ changes, a model that was edited.
 
 import collections
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -75,8 +76,12 @@ class Stager:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan in force; None before the first batch."""
-        return None if self._current is None else self._current.plan
+        """The plan in force, with what its tables were seen to cost and save; None before the first batch."""
+        if self._current is None:
+            return None
+        figures, plan = self.recorder.tables(), self._current.plan
+        tables = [dataclasses.replace(table, figures=figures.get(table.name)) for table in plan.tables]
+        return dataclasses.replace(plan, tables=tuple(tables))
 
     @property
     def active(self) -> bool:
@@ -185,6 +190,7 @@ class Stager:
             watched=lambda position: tracked[position],
             pool=self._pool,
             options=self._options,
+            recorder=self.recorder,
         )
         if len(self._stagings) >= _MOST_MODES:
             self._stagings.clear()

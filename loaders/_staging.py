@@ -15,6 +15,7 @@ from torchstage.errors import add_note
 from torchstage.loaders._policy import Policy
 from torchstage.loaders._rows import Rows, Site, gather
 from torchstage.options import SmartStageOptions
+from torchstage.stats import Recorder
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Kind, effect_of
@@ -51,6 +52,7 @@ class Parts:
         mode: the mode it was captured in.
         pool: where independent branches run; None for the calling thread.
         options: where rows of trained tables are gathered.
+        recorder: where the figures of lookups go.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Parts:
         mode: Mode,
         pool: StageThreadPool | None,
         options: SmartStageOptions,
+        recorder: Recorder,
     ) -> None:
         self.in_spec = capture.in_spec
         self.constants = capture.constants
@@ -73,7 +76,12 @@ class Parts:
         most_stale = lag if options.max_staleness is None else options.max_staleness
         nodes = {node.name: node for node in capture.graph.nodes}
         self.sites: tuple[Site, ...] = tuple(
-            Site(gather, nodes[gather.lookup.node], most_stale if options.lookups == "stale" else None)
+            Site(
+                gather,
+                nodes[gather.lookup.node],
+                most_stale if options.lookups == "stale" else None,
+                recorder.lookup(gather.lookup.table),
+            )
             for gather in self.lifted.gathers
         )
         self.inputs = tuple(sorted({*self.lifted.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
@@ -127,9 +135,11 @@ class Parts:
         """Gather the rows of a call's lookups after its stage has run, where that is to happen ahead."""
         if not self.sites:
             return []
-        why = None if self._policy.ahead() else 'as fast in the step (lookups="auto")'
+        ahead = self._policy.ahead()
         with torch.no_grad():
-            return gather(self.sites, leaves, values, why, self._ambient.grad)
+            return gather(
+                self.sites, leaves, values, ahead=ahead, records=self._ambient.grad, trying=self._policy.trying
+            )
 
     def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> Any:
         """Run the main graph on the leaves of a call, the values of its stage and its rows; return what forward returns."""
@@ -181,6 +191,7 @@ def make_staging(
     watched: Callable[[int], bool],
     pool: StageThreadPool | None,
     options: SmartStageOptions,
+    recorder: Recorder,
 ) -> Staging:
     """Plan and build what ``model`` needs in ``mode``; ``capture`` is the reason if there is none.
 
@@ -202,7 +213,7 @@ def make_staging(
         exact_only=exact_only,
         lookups=options.lookups != "main",
     )
-    parts = Parts(model, capture, plan, mode, pool, options) if plan.lifted or plan.lookups else None
+    parts = Parts(model, capture, plan, mode, pool, options, recorder) if plan.lifted or plan.lookups else None
     return Staging(mode, modules, plan, parts)
 
 

@@ -466,7 +466,10 @@ def test_law8_the_plan_names_reason_cause_and_line_of_every_operation() -> None:
     assert why["hash_bucket"].lifted
     assert why["add_"].why() == "writes in place"
     assert why["norm"].why() == "updates the model's own state: its running statistics"
-    assert why["tables_0"].why() == "reads a trained parameter: `tables.0.weight`"
+    ahead = "gathers rows of a trained table, which are gathered ahead and repaired in the step"
+    assert why["tables_0"].why() == f"{ahead}: `tables.0.weight`"
+    assert not why["tables_0"].lifted
+    assert (plan.tables[0].name, plan.tables[0].ahead) == ("tables.0.weight", ("tables_0",))
     assert why["cat"].why() == "depends on work of the step (because of `tables_0`)"
     assert why["drop"].why() == "draws random numbers, whose order must be kept"
     assert all(node.source.startswith("support.py:") for node in plan.nodes)

@@ -26,6 +26,8 @@ NAMES_AND_DEFAULTS = {
     "do_smart_stage": True,
     "stage_subgraph_on_cpu": None,
     "on_timeout": "drop",
+    "lookups": "auto",
+    "max_staleness": None,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"
@@ -71,6 +73,11 @@ def test_options_cannot_be_changed_after_they_are_made() -> None:
         ("name", "must be None or a non-empty string", ""),
         ("name", "must be None or a non-empty string", 3),
         ("on_timeout", "must be one of ('drop', 'raise', 'wait')", "skip"),
+        ("lookups", "must be one of ('auto', 'exact', 'main', 'stale')", "always"),
+        ("lookups", "must be one of ('auto', 'exact', 'main', 'stale')", None),
+        ("max_staleness", AT_LEAST_0, -1),
+        ("max_staleness", AT_LEAST_0, True),
+        ("max_staleness", AT_LEAST_0, 1.0),
         ("on_timeout", "must be one of ('drop', 'raise', 'wait')", None),
         ("on_timeout", "must be one of ('drop', 'raise', 'wait')", ["drop"]),
         ("graph", "must be None or a torch.fx.GraphModule captured from the model", "graph"),
@@ -101,6 +108,8 @@ def test_a_bad_value_is_refused_with_the_name_the_rule_and_the_value(name: str, 
         ("name", "tower"),
         ("on_timeout", "raise"),
         ("on_timeout", "wait"),
+        ("lookups", "exact"),
+        ("lookups", "stale"),
         ("closed_exception_types", ()),
         ("ignored_exception_types", (ValueError, KeyboardInterrupt)),
         ("graph", torch.fx.symbolic_trace(torch.nn.ReLU())),
@@ -175,3 +184,10 @@ def test_every_option_is_documented_beneath_it() -> None:
     assert list(documented) == list(NAMES_AND_DEFAULTS)
     undocumented = [name for name, text in documented.items() if not text.strip().endswith(".")]
     assert undocumented == []
+
+
+@pytest.mark.parametrize("lookups", ["auto", "exact", "main"])
+def test_max_staleness_is_refused_where_no_row_is_stale(lookups: str) -> None:
+    with pytest.raises(OptionError, match=f"max_staleness needs lookups=\"stale\".*Found: '{lookups}'."):
+        SmartStageOptions(lookups=lookups, max_staleness=2)  # type: ignore[arg-type]
+    assert SmartStageOptions(lookups="stale", max_staleness=0).max_staleness == 0

@@ -44,7 +44,30 @@ def test_the_figures_are_those_that_were_recorded() -> None:
 def test_nothing_recorded_is_all_zeros() -> None:
     nothing = Distribution(0, 0.0, 0.0, 0.0)
     stats = Recorder("new").snapshot({})
-    assert stats == Stats("new", 0, 0, nothing, nothing, nothing, 0.0, {}, {})
+    assert stats == Stats("new", 0, 0, nothing, nothing, nothing, 0.0, {}, {}, {})
+
+
+def test_the_figures_of_a_table_are_those_of_all_its_lookups() -> None:
+    recorder = Recorder("x")
+    first, second = recorder.lookup("user"), recorder.lookup("user")
+    recorder.lookup("item")
+    first.gathers, first.gather_seconds, first.bytes, first.unique = 3, 0.003, 3000, 0.5
+    first.used, first.used_seconds, first.repaired, first.staleness = 2, 0.002, 10, 1
+    second.gathers, second.gather_seconds, second.bytes, second.unique = 1, 0.005, 1000, 0.25
+    second.kept, second.kept_seconds = 4, 0.012
+    second.reasons["SGD with momentum"] += 4
+    stats = recorder.snapshot({})
+    user = stats.tables["user"]
+    assert (user.gathers, user.bytes, user.unique) == (4, 1000, 0.5)
+    assert (user.gather_seconds, user.used_seconds, user.kept_seconds) == pytest.approx((0.002, 0.001, 0.003))
+    assert (user.used, user.repaired, user.staleness, dict(user.kept)) == (2, 5, 1, {"SGD with momentum": 4})
+    assert user.saved_seconds == pytest.approx(0.002)
+    assert stats.tables["item"].saved_seconds is None
+    assert str(user) == (
+        "2 of 6 lookups used rows gathered ahead; 50% unique, 0.00 MB gathered; 5 rows repaired, 1.00 ms in the step; "
+        "2.00 ms saved each; at most 1 steps stale; in the step: SGD with momentum x4"
+    )
+    assert "  table `user`: 2 of 6 lookups" in str(stats)
 
 
 def test_the_models_calls_on_unstaged_batches_are_counted_among_the_fallbacks() -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import threading
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -21,6 +21,97 @@ class Distribution:
 
     def __str__(self) -> str:
         return f"mean {_ms(self.mean)}, p90 {_ms(self.p90)}, p99 {_ms(self.p99)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFigures:
+    """What gathering a table's rows ahead cost and saved, over all lookups of the table."""
+
+    gathers: int
+    """Lookups whose rows were gathered ahead."""
+
+    unique: float
+    """Share of the row numbers of a lookup that are different, 0 to 1, of the last batch that was looked at."""
+
+    bytes: float
+    """Bytes gathered ahead per lookup."""
+
+    gather_seconds: float
+    """Time of a gather ahead, on the stage's thread."""
+
+    used: int
+    """Lookups in the step that used rows gathered ahead."""
+
+    repaired: float
+    """Rows per such lookup that were read again because a step had written them, or might have."""
+
+    used_seconds: float
+    """Time of such a lookup in the step, with the repair."""
+
+    kept: Mapping[str, int]
+    """Lookups that gathered in the step although they can run ahead, by reason."""
+
+    kept_seconds: float
+    """Time of such a lookup in the step; 0 if there was none."""
+
+    staleness: int
+    """With ``lookups="stale"``, the most writes of the table that a row has missed; else 0."""
+
+    @property
+    def saved_seconds(self) -> float | None:
+        """Time saved in the step per lookup that was gathered ahead; None while one of the two ways was not seen."""
+        return self.kept_seconds - self.used_seconds if self.used and self.kept else None
+
+    def __str__(self) -> str:
+        lookups = self.used + sum(self.kept.values())
+        parts = [f"{self.used} of {lookups} lookups used rows gathered ahead"]
+        if self.gathers:
+            parts.append(f"{self.unique:.0%} unique, {self.bytes / 1e6:.2f} MB gathered")
+        if self.used:
+            parts.append(f"{self.repaired:.0f} rows repaired, {_ms(self.used_seconds)} in the step")
+        if self.saved_seconds is not None:
+            parts.append(f"{_ms(self.saved_seconds)} saved each")
+        if self.staleness:
+            parts.append(f"at most {self.staleness} steps stale")
+        if self.kept:
+            parts.append(f"in the step: {_counts(self.kept)}")
+        return "; ".join(parts)
+
+
+@dataclasses.dataclass
+class LookupCounts:
+    """The counts of one lookup, kept by whoever runs it; seconds in sum."""
+
+    gathers: int = 0
+    gather_seconds: float = 0.0
+    bytes: int = 0
+    unique: float = 0.0
+    used: int = 0
+    used_seconds: float = 0.0
+    repaired: int = 0
+    kept: int = 0
+    kept_seconds: float = 0.0
+    staleness: int = 0
+    reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def table_figures(counts: Iterable[LookupCounts]) -> TableFigures:
+    """Sum up the lookups of one table."""
+    counts = list(counts)
+    gathers, used, kept = (sum(getattr(c, name) for c in counts) for name in ("gathers", "used", "kept"))
+    reasons = sum((c.reasons for c in counts), collections.Counter[str]())
+    return TableFigures(
+        gathers=gathers,
+        unique=max((c.unique for c in counts), default=0.0),
+        bytes=sum(c.bytes for c in counts) / max(gathers, 1),
+        gather_seconds=sum(c.gather_seconds for c in counts) / max(gathers, 1),
+        used=used,
+        repaired=sum(c.repaired for c in counts) / max(used, 1),
+        used_seconds=sum(c.used_seconds for c in counts) / max(used, 1),
+        kept=types.MappingProxyType(dict(reasons)),
+        kept_seconds=sum(c.kept_seconds for c in counts) / max(kept, 1),
+        staleness=max((c.staleness for c in counts), default=0),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +149,9 @@ class Stats:
     drops: Mapping[str, int]
     """Batches dropped on purpose, by reason."""
 
+    tables: Mapping[str, TableFigures]
+    """What gathering rows of trained tables ahead cost and saved, by the table's name; see also ``loader.plan``."""
+
     def __str__(self) -> str:
         lines = [
             f"stage {self.name}: {self.batches} batches, {self.staged_steps} staged steps",
@@ -68,6 +162,7 @@ class Stats:
             f"  fallbacks:         {_counts(self.fallbacks)}",
             f"  drops:             {_counts(self.drops)}",
         ]
+        lines += [f"  table `{name}`: {figures}" for name, figures in self.tables.items()]
         return "\n".join(lines)
 
 
@@ -84,6 +179,7 @@ class Recorder:
         self._occupancy = 0.0
         self._fallbacks: collections.Counter[str] = collections.Counter()
         self._drops: collections.Counter[str] = collections.Counter()
+        self._lookups: list[tuple[str, LookupCounts]] = []
         self._warned: set[str] = set()
         self._pending: list[tuple[type[Warning], str]] = []
 
@@ -109,6 +205,21 @@ class Recorder:
         """Record a forward that ran the original model."""
         with self._lock:
             self._fallbacks[reason] += 1
+
+    def lookup(self, table: str) -> LookupCounts:
+        """Return the counts of one more lookup of a table, to be kept by the caller."""
+        counts = LookupCounts()
+        with self._lock:
+            self._lookups.append((table, counts))
+        return counts
+
+    def tables(self) -> dict[str, TableFigures]:
+        """Return the figures of all tables so far."""
+        with self._lock:
+            by_table: dict[str, list[LookupCounts]] = {}
+            for name, counts in self._lookups:
+                by_table.setdefault(name, []).append(counts)
+        return {name: table_figures(counts) for name, counts in by_table.items()}
 
     def drop(self, reason: str) -> None:
         """Record a batch that was dropped on purpose."""
@@ -136,6 +247,7 @@ class Recorder:
 
     def snapshot(self, unstaged: Mapping[str, int]) -> Stats:
         """Return the figures so far, with the model's calls on objects of no staged loader, by reason."""
+        tables = types.MappingProxyType(self.tables())
         with self._lock:
             fallbacks = {**self._fallbacks, **unstaged}
             return Stats(
@@ -148,6 +260,7 @@ class Recorder:
                 occupancy=self._occupancy / max(self._wait.count, 1),
                 fallbacks=types.MappingProxyType(fallbacks),
                 drops=types.MappingProxyType(dict(self._drops)),
+                tables=tables,
             )
 
 

@@ -7,6 +7,8 @@ decided.
 import dataclasses
 import enum
 
+from torchstage.stats import TableFigures
+
 
 class Reason(enum.Enum):
     """Why a node is where it is. The text is completed with the node's detail and cause."""
@@ -72,6 +74,7 @@ class TablePlan:
         columns: the length of a row.
         ahead: names of the nodes whose rows are gathered ahead.
         kept: names of the nodes that gather in the step, each with the reason.
+        figures: what gathering ahead was seen to cost and save; None where nothing ran yet.
     """
 
     name: str
@@ -79,6 +82,16 @@ class TablePlan:
     columns: int
     ahead: tuple[str, ...]
     kept: tuple[tuple[str, str], ...]
+    figures: TableFigures | None = None
+
+    def advice(self) -> str:
+        """Say which change would let more of the table's rows be gathered ahead; empty if there is none."""
+        reasons = self.figures.kept if self.figures is not None else {}
+        for reason in sorted(reasons, key=reasons.__getitem__, reverse=True):
+            for part, change in _CHANGES.items():
+                if part in reason:
+                    return f"table `{self.name}` uses {reason}: {change} would let its gather be lifted"
+        return ""
 
     def __str__(self) -> str:
         parts = (
@@ -87,7 +100,21 @@ class TablePlan:
             else []
         )
         parts += [f"`{node}` gathered in the step: {why}" for node, why in self.kept]
-        return f"`{self.name}` ({self.rows:,} x {self.columns}): {'; '.join(parts)}"
+        text = f"`{self.name}` ({self.rows:,} x {self.columns}): {'; '.join(parts)}"
+        if self.figures is not None:
+            text += f"\n    {self.figures}"
+        return f"{text}\n    {self.advice()}" if self.advice() else text
+
+
+_CHANGES = {
+    "dense gradients under Adam": "`sparse=True` with SparseAdam",
+    "dense gradients under SGD": "`sparse=True`",
+    "dense gradients under": "`sparse=True` with SGD, Adagrad or SparseAdam",
+    "SGD with momentum": "SGD without momentum, Adagrad or SparseAdam",
+    "weight_decay": "no weight decay on the table",
+    "with a closure": "a step without a closure",
+    "step hooks": "a step without hooks",
+}
 
 
 @dataclasses.dataclass(frozen=True)
