@@ -22,14 +22,14 @@ class Bags(NamedTuple):
         ids: int32 or int64 [N], the original row numbers.
         offsets: int [B] or [B + 1], where each bag starts.
         places: like ``ids``, for each of them its row among the gathered ones.
-        keys: int [M], the original number of each gathered row; None where row i is that of ``ids[i]``.
+        keys: int [M], the original number of each gathered row.
         padding: the gathered row that gets no gradient, or -1.
     """
 
     ids: torch.Tensor
     offsets: torch.Tensor
     places: torch.Tensor
-    keys: torch.Tensor | None
+    keys: torch.Tensor
     padding: int
 
 
@@ -96,8 +96,7 @@ class BagOfRows(Function):
             bags.padding,
         )
         if lookup.mode == 2 and largest.numel():  # the largest rows by their own numbers
-            numbers = bags.ids if bags.keys is None else bags.keys
-            largest = numbers[largest.clamp_max(len(numbers) - 1)].to(largest.dtype)
+            largest = bags.keys[largest.clamp_max(len(bags.keys) - 1)].to(largest.dtype)
         kept_rows = rows if sample_weights is not None and sample_weights.requires_grad else None
         ctx.save_for_backward(
             bags.ids, bags.offsets, bags.places, sample_weights, offset2bag, bag_size, largest, kept_rows
