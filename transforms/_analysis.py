@@ -7,12 +7,12 @@ import torch
 import torch.fx
 
 from torchstage import markers
-from torchstage._structure import memory_of
 from torchstage.errors import MarkError
 from torchstage.transforms._capture import Capture
-from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
+from torchstage.transforms._effects import Kind
 from torchstage.transforms._lookups import Lookup, Unliftable, find_lookup
 from torchstage.transforms._plan import NodePlan, Plan, Reason, TablePlan, at
+from torchstage.transforms._verdicts import Judge, Verdict, without_marks
 
 
 def make_plan(
@@ -41,10 +41,10 @@ def make_plan(
     Raises:
         MarkError: a `staged` mark depends on something that cannot be lifted.
     """
-    analysis = _Analysis(capture, changing, watched, exact_only)
-    verdicts = analysis.run()
+    judge = Judge(capture, changing, watched, exact_only)
+    verdicts = judge.run()
     order = [node for node in capture.graph.nodes if node.op.startswith("call_")]
-    tables = _Tables(analysis, verdicts, lookups and smart).judge(order)
+    tables = _Tables(judge, verdicts, lookups and smart).judge(order)
     _check_marks(order, verdicts)
     marked = _ancestors(n for n in order if verdicts[n].effect.kind is Kind.BOUNDARY)
     if not smart:
@@ -75,154 +75,12 @@ def cut_of(graph: torch.fx.Graph, lifted: Callable[[torch.fx.Node], bool]) -> li
     return [node for node in graph.nodes if node in found]
 
 
-def without_marks(node: torch.fx.Node) -> torch.fx.Node:
-    """Return the node whose value ``node`` is, looking through `staged` and `mark_target_node`."""
-    while node.op == "call_function" and node.target in (markers.boundary, markers.target):
-        node = node.all_input_nodes[0]
-    return node
-
-
-@dataclasses.dataclass(frozen=True)
-class _Verdict:
-    effect: Effect
-    reason: Reason
-    detail: str = ""
-    cause: torch.fx.Node | None = None
-
-    @property
-    def lifted(self) -> bool:
-        return self.reason is Reason.PREFIX
-
-
-class _Analysis:
-    """One pass over the graph in order. ``roots`` of a value are the memories it may share, as a bit mask.
-
-    Any operation may return a view of any of its inputs, so a value's roots are those of all its inputs; an operation
-    without inputs is a root itself. A write to a value is a write to all its roots.
-    """
-
-    def __init__(
-        self, capture: Capture, changing: Collection[str], watched: Callable[[int], bool], exact_only: bool
-    ) -> None:
-        self.capture = capture
-        self._exact_only = exact_only
-        self._changing = changing
-        self._watched = watched
-        self._bits: dict[object, int] = {}
-        self._roots: dict[torch.fx.Node, int] = {}
-        self._effects: dict[torch.fx.Node, Effect] = {}
-        self._verdicts: dict[torch.fx.Node, _Verdict] = {}
-        self._written = 0
-        self._trained = {memory_of(t) for t in capture.trained}
-        self._dirty: dict[int, torch.fx.Node] = {}
-        self._dirty_before: dict[torch.fx.Node, int] = {}
-
-    def run(self) -> dict[torch.fx.Node, _Verdict]:
-        nodes = [node for node in self.capture.graph.nodes if node.op != "output"]
-        for node in nodes:
-            called = node.op.startswith("call_")
-            self._effects[node] = effect_of(node, self.capture.modules) if called else Effect(Kind.FREE)
-            self._roots[node] = self._roots_of(node)
-            self._written |= self._writes_of(node)
-        dirty = 0
-        for node in nodes:
-            self._dirty_before[node] = dirty
-            self._verdicts[node] = self._judge(node, dirty)
-            for bit in _bits_of(self._writes_of(node) & ~dirty):
-                self._dirty[bit] = node
-            dirty |= self._writes_of(node)
-        return self._verdicts
-
-    def why_no_lookup(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
-        """Say why the gather of ``lookup`` cannot run ahead, or None."""
-        memory = memory_of(lookup.weight)
-        if self._written & self._bit(memory):
-            return "the forward writes into it"
-        if sum(memory_of(tensor) == memory for tensor in self.capture.trained) > 1:
-            return "another parameter shares its memory"
-        for source in lookup.sources():
-            verdict = self._verdicts[source]
-            if without_marks(source).op == "get_attr":
-                return "its row numbers are state of the model"
-            if not verdict.lifted:
-                cause = verdict.cause or source
-                return f"its row numbers {verdict.reason.value} (`{cause.name}`)"
-            if self._roots[source] & self._dirty_before[node]:
-                return "the forward writes into its row numbers"
-        if self._effects[node].kind is not Kind.PURE:
-            return self._effects[node].detail or self._effects[node].kind.value
-        return None
-
-    def _roots_of(self, node: torch.fx.Node) -> int:
-        roots = 0
-        for source in node.all_input_nodes:
-            roots |= self._roots[source]
-        for _, tensor in self._own_state(node):
-            roots |= self._bit(memory_of(tensor))
-        return roots or self._bit(node)
-
-    def _writes_of(self, node: torch.fx.Node) -> int:
-        kind = self._effects[node].kind
-        if kind in (Kind.WRITES, Kind.UNKNOWN):
-            return self._roots[node]
-        if kind is Kind.UPDATES:
-            return sum({self._bit(memory_of(tensor)) for _, tensor in self._own_state(node)})
-        return 0
-
-    def _bit(self, key: object) -> int:
-        return 1 << self._bits.setdefault(key, len(self._bits))
-
-    def _own_state(self, node: torch.fx.Node) -> list[tuple[str, torch.Tensor]]:
-        """Return the tensors, with their names, that the node reads from the model by itself."""
-        if node.op == "get_attr":
-            return [(str(node.target), self.capture.state[str(node.target)])]
-        if node.op == "call_module":
-            module = self.capture.modules[str(node.target)]
-            named = [*module.named_parameters(), *module.named_buffers()]
-            return [(f"{node.target}.{name}", tensor) for name, tensor in named]
-        return []
-
-    def _judge(self, node: torch.fx.Node, dirty: int) -> _Verdict:
-        effect = self._effects[node]
-        if effect.kind in _BY_KIND:
-            return _Verdict(effect, _BY_KIND[effect.kind], effect.detail)
-        own = self._judge_state(node, effect)
-        if own is not None:
-            return own
-        for source in node.all_input_nodes:
-            verdict = self._verdicts[source]
-            if not verdict.lifted and not (source.op == "get_attr" and _is_metadata(node)):
-                return _inherit(source, verdict, effect)
-        if not node.op.startswith("call_"):
-            return _Verdict(effect, Reason.PREFIX)
-        if not node.all_input_nodes and self._roots[node] & self._written:
-            return _Verdict(effect, Reason.FILLED)
-        stained = self._roots[node] & dirty
-        if stained:
-            return _Verdict(effect, Reason.AFTER_WRITE, cause=self._dirty[stained & -stained])
-        if self._exact_only and effect.kind is Kind.PURE and not is_exact(node):
-            return _Verdict(effect, Reason.THREADS)
-        return _Verdict(effect, Reason.PREFIX)
-
-    def _judge_state(self, node: torch.fx.Node, effect: Effect) -> _Verdict | None:
-        if node.op == "placeholder":
-            return None if self._watched(input_position(node)) else _Verdict(effect, Reason.INPUT)
-        for name, tensor in self._own_state(node):
-            if tensor.requires_grad or memory_of(tensor) in self._trained:
-                return _Verdict(effect, Reason.TRAINED, f"`{name}`")
-            if self._written & self._bit(memory_of(tensor)):
-                return _Verdict(effect, Reason.WRITTEN, f"`{name}`")
-            if name in self._changing:
-                return _Verdict(effect, Reason.CHANGING, f"`{name}`")
-        return None
-
-
 class _Tables:
     """The decision on the lookups: which of them gather ahead. Changes the verdicts of those."""
 
-    def __init__(self, analysis: _Analysis, verdicts: dict[torch.fx.Node, _Verdict], ahead: bool) -> None:
+    def __init__(self, judge: Judge, verdicts: dict[torch.fx.Node, Verdict], ahead: bool) -> None:
         self.needed: list[torch.fx.Node] = []
-        self._analysis = analysis
+        self._judge = judge
         self._verdicts = verdicts
         self._on = ahead
         self._tables: dict[int, tuple[str, torch.Tensor]] = {}
@@ -231,7 +89,7 @@ class _Tables:
 
     def judge(self, order: Iterable[torch.fx.Node]) -> "_Tables":
         for node in order:
-            lookup = None if self._verdicts[node].lifted else find_lookup(node, self._analysis.capture)
+            lookup = None if self._verdicts[node].lifted else find_lookup(node, self._judge.capture)
             if lookup is None:
                 continue
             key = id(lookup.weight)
@@ -242,14 +100,14 @@ class _Tables:
                 continue
             assert isinstance(lookup, Lookup)
             self._ahead.setdefault(key, []).append(node.name)
-            self._verdicts[node] = _Verdict(self._verdicts[node].effect, Reason.LOOKUP, f"`{lookup.table}`")
+            self._verdicts[node] = Verdict(self._verdicts[node].effect, Reason.LOOKUP, f"`{lookup.table}`")
             self.needed += lookup.sources()
         return self
 
     def _why_not(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
         if not self._on:
             return 'the options say so (lookups="main", or do_smart_stage=False)'
-        return self._analysis.why_no_lookup(node, lookup)
+        return self._judge.why_no_lookup(node, lookup)
 
     def plans(self) -> tuple[TablePlan, ...]:
         return tuple(
@@ -258,29 +116,6 @@ class _Tables:
             )
             for key, (name, weight) in self._tables.items()
         )
-
-
-def input_position(placeholder: torch.fx.Node) -> int:
-    """Return the position of the leaf that a captured graph's placeholder stands for."""
-    return int(str(placeholder.target).removeprefix("input_"))
-
-
-def _inherit(source: torch.fx.Node, verdict: _Verdict, effect: Effect) -> _Verdict:
-    if source.op in ("get_attr", "placeholder"):  # say the state's or input's own reason where it is read
-        return _Verdict(effect, verdict.reason, verdict.detail, verdict.cause)
-    return _Verdict(effect, Reason.DEPENDS, cause=verdict.cause or source)
-
-
-def _bits_of(mask: int) -> Iterable[int]:
-    while mask:
-        low = mask & -mask
-        yield low
-        mask ^= low
-
-
-def _is_metadata(node: torch.fx.Node) -> bool:
-    """Whether the node asks its input for its shape, dtype or device, which training does not change."""
-    return node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
 
 
 def _ancestors(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
@@ -294,7 +129,7 @@ def _ancestors(nodes: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
     return found
 
 
-def _check_marks(order: list[torch.fx.Node], verdicts: dict[torch.fx.Node, _Verdict]) -> None:
+def _check_marks(order: list[torch.fx.Node], verdicts: dict[torch.fx.Node, Verdict]) -> None:
     for node in order:
         verdict = verdicts[node]
         if verdict.effect.kind is not Kind.BOUNDARY or verdict.lifted:
@@ -318,7 +153,7 @@ def _check_marks(order: list[torch.fx.Node], verdicts: dict[torch.fx.Node, _Verd
 
 def _keep_what_costs_nothing(
     order: list[torch.fx.Node],
-    verdicts: dict[torch.fx.Node, _Verdict],
+    verdicts: dict[torch.fx.Node, Verdict],
     marked: set[torch.fx.Node],
     gathered: list[torch.fx.Node],
 ) -> None:
@@ -337,7 +172,7 @@ def _keep_what_costs_nothing(
             verdicts[node] = dataclasses.replace(verdicts[node], reason=Reason.FREE)
 
 
-def _node_plan(node: torch.fx.Node, verdict: _Verdict, reason: Reason) -> NodePlan:
+def _node_plan(node: torch.fx.Node, verdict: Verdict, reason: Reason) -> NodePlan:
     marks = {markers.boundary: "staged", markers.target: "mark_target_node"}
     target = (
         node.target if isinstance(node.target, str) else marks.get(node.target, getattr(node.target, "__name__", ""))
@@ -352,13 +187,3 @@ def _node_plan(node: torch.fx.Node, verdict: _Verdict, reason: Reason) -> NodePl
         detail=verdict.detail,
         cause=None if verdict.cause is None else verdict.cause.name,
     )
-
-
-_BY_KIND = {
-    Kind.RANDOM: Reason.RANDOM,
-    Kind.WRITES: Reason.WRITES,
-    Kind.UPDATES: Reason.UPDATES,
-    Kind.SETTING: Reason.SETTING,
-    Kind.TARGET: Reason.TARGET,
-    Kind.UNKNOWN: Reason.UNKNOWN,
-}

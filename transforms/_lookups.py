@@ -168,6 +168,8 @@ def _unusual(weight: torch.Tensor) -> str | None:
         return "it is no ordinary matrix"
     if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
         return "it is part of a larger tensor, which may be written under another name"
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device.type}, and gathers ahead run on the CPU"
     if weight.is_shared():
         return "its memory is shared with other processes"
     return None

@@ -4,10 +4,11 @@ import dataclasses
 
 import torch.fx
 
-from torchstage.transforms._analysis import cut_of, without_marks
+from torchstage.transforms._analysis import cut_of
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._lift import Part, extract
 from torchstage.transforms._plan import Plan
+from torchstage.transforms._verdicts import without_marks
 
 
 @dataclasses.dataclass(frozen=True)

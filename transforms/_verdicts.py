@@ -1,0 +1,189 @@
+"""Verdicts: for every node of a captured forward, whether it can run ahead of the step, and why not. Pure."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+import torch.fx
+
+from torchstage import markers
+from torchstage._structure import memory_of
+from torchstage.transforms._capture import Capture
+from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
+from torchstage.transforms._lookups import Lookup
+from torchstage.transforms._plan import Reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    effect: Effect
+    reason: Reason
+    detail: str = ""
+    cause: torch.fx.Node | None = None
+
+    @property
+    def lifted(self) -> bool:
+        return self.reason is Reason.PREFIX
+
+
+class Judge:
+    """One pass over the graph in order. ``roots`` of a value are the memories it may share, as a bit mask.
+
+    Any operation may return a view of any of its inputs, so a value's roots are those of all its inputs; an operation
+    without inputs is a root itself. A write to a value is a write to all its roots.
+    """
+
+    def __init__(
+        self, capture: Capture, changing: Collection[str], watched: Callable[[int], bool], exact_only: bool
+    ) -> None:
+        self.capture = capture
+        self._exact_only = exact_only
+        self._changing = changing
+        self._watched = watched
+        self._bits: dict[object, int] = {}
+        self._roots: dict[torch.fx.Node, int] = {}
+        self._effects: dict[torch.fx.Node, Effect] = {}
+        self._verdicts: dict[torch.fx.Node, Verdict] = {}
+        self._written = 0
+        self._trained = {memory_of(t) for t in capture.trained}
+        self._dirty: dict[int, torch.fx.Node] = {}
+        self._dirty_before: dict[torch.fx.Node, int] = {}
+
+    def run(self) -> dict[torch.fx.Node, Verdict]:
+        nodes = [node for node in self.capture.graph.nodes if node.op != "output"]
+        for node in nodes:
+            called = node.op.startswith("call_")
+            self._effects[node] = effect_of(node, self.capture.modules) if called else Effect(Kind.FREE)
+            self._roots[node] = self._roots_of(node)
+            self._written |= self._writes_of(node)
+        dirty = 0
+        for node in nodes:
+            self._dirty_before[node] = dirty
+            self._verdicts[node] = self._judge(node, dirty)
+            for bit in _bits_of(self._writes_of(node) & ~dirty):
+                self._dirty[bit] = node
+            dirty |= self._writes_of(node)
+        return self._verdicts
+
+    def why_no_lookup(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
+        """Say why the gather of ``lookup`` cannot run ahead, or None."""
+        memory = memory_of(lookup.weight)
+        if self._written & self._bit(memory):
+            return "the forward writes into it"
+        if sum(memory_of(tensor) == memory for tensor in self.capture.trained) > 1:
+            return "another parameter shares its memory"
+        for source in lookup.sources():
+            verdict = self._verdicts[source]
+            if without_marks(source).op == "get_attr":
+                return "its row numbers are state of the model"
+            if not verdict.lifted:
+                cause = verdict.cause or source
+                return f"its row numbers {verdict.reason.value} (`{cause.name}`)"
+            if self._roots[source] & self._dirty_before[node]:
+                return "the forward writes into its row numbers"
+        if self._effects[node].kind is not Kind.PURE:
+            return self._effects[node].detail or self._effects[node].kind.value
+        return None
+
+    def _roots_of(self, node: torch.fx.Node) -> int:
+        roots = 0
+        for source in node.all_input_nodes:
+            roots |= self._roots[source]
+        for _, tensor in self._own_state(node):
+            roots |= self._bit(memory_of(tensor))
+        return roots or self._bit(node)
+
+    def _writes_of(self, node: torch.fx.Node) -> int:
+        kind = self._effects[node].kind
+        if kind in (Kind.WRITES, Kind.UNKNOWN):
+            return self._roots[node]
+        if kind is Kind.UPDATES:
+            return sum({self._bit(memory_of(tensor)) for _, tensor in self._own_state(node)})
+        return 0
+
+    def _bit(self, key: object) -> int:
+        return 1 << self._bits.setdefault(key, len(self._bits))
+
+    def _own_state(self, node: torch.fx.Node) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors, with their names, that the node reads from the model by itself."""
+        if node.op == "get_attr":
+            return [(str(node.target), self.capture.state[str(node.target)])]
+        if node.op == "call_module":
+            module = self.capture.modules[str(node.target)]
+            named = [*module.named_parameters(), *module.named_buffers()]
+            return [(f"{node.target}.{name}", tensor) for name, tensor in named]
+        return []
+
+    def _judge(self, node: torch.fx.Node, dirty: int) -> Verdict:
+        effect = self._effects[node]
+        if effect.kind in _BY_KIND:
+            return Verdict(effect, _BY_KIND[effect.kind], effect.detail)
+        own = self._judge_state(node, effect)
+        if own is not None:
+            return own
+        for source in node.all_input_nodes:
+            verdict = self._verdicts[source]
+            if not verdict.lifted and not (source.op == "get_attr" and _is_metadata(node)):
+                return _inherit(source, verdict, effect)
+        if not node.op.startswith("call_"):
+            return Verdict(effect, Reason.PREFIX)
+        if not node.all_input_nodes and self._roots[node] & self._written:
+            return Verdict(effect, Reason.FILLED)
+        stained = self._roots[node] & dirty
+        if stained:
+            return Verdict(effect, Reason.AFTER_WRITE, cause=self._dirty[stained & -stained])
+        if self._exact_only and effect.kind is Kind.PURE and not is_exact(node):
+            return Verdict(effect, Reason.THREADS)
+        return Verdict(effect, Reason.PREFIX)
+
+    def _judge_state(self, node: torch.fx.Node, effect: Effect) -> Verdict | None:
+        if node.op == "placeholder":
+            return None if self._watched(input_position(node)) else Verdict(effect, Reason.INPUT)
+        for name, tensor in self._own_state(node):
+            if tensor.requires_grad or memory_of(tensor) in self._trained:
+                return Verdict(effect, Reason.TRAINED, f"`{name}`")
+            if self._written & self._bit(memory_of(tensor)):
+                return Verdict(effect, Reason.WRITTEN, f"`{name}`")
+            if name in self._changing:
+                return Verdict(effect, Reason.CHANGING, f"`{name}`")
+        return None
+
+
+def without_marks(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the node whose value ``node`` is, looking through `staged` and `mark_target_node`."""
+    while node.op == "call_function" and node.target in (markers.boundary, markers.target):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def input_position(placeholder: torch.fx.Node) -> int:
+    """Return the position of the leaf that a captured graph's placeholder stands for."""
+    return int(str(placeholder.target).removeprefix("input_"))
+
+
+def _inherit(source: torch.fx.Node, verdict: Verdict, effect: Effect) -> Verdict:
+    if source.op in ("get_attr", "placeholder"):  # say the state's or input's own reason where it is read
+        return Verdict(effect, verdict.reason, verdict.detail, verdict.cause)
+    return Verdict(effect, Reason.DEPENDS, cause=verdict.cause or source)
+
+
+def _bits_of(mask: int) -> Iterable[int]:
+    while mask:
+        low = mask & -mask
+        yield low
+        mask ^= low
+
+
+def _is_metadata(node: torch.fx.Node) -> bool:
+    """Whether the node asks its input for its shape, dtype or device, which training does not change."""
+    return node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
+
+
+_BY_KIND = {
+    Kind.RANDOM: Reason.RANDOM,
+    Kind.WRITES: Reason.WRITES,
+    Kind.UPDATES: Reason.UPDATES,
+    Kind.SETTING: Reason.SETTING,
+    Kind.TARGET: Reason.TARGET,
+    Kind.UNKNOWN: Reason.UNKNOWN,
+}
