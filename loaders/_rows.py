@@ -5,118 +5,16 @@ the step `Rows.lookup` stands in for the plain lookup: it reads again the rows t
 those, and hands the rest to autograd as the lookup's result. Whenever that is not possible, the plain lookup runs.
 """
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.fx
 
 from torchstage.loaders._lookup_functions import BagOfRows, Bags, GatheredRows, Taken
-from torchstage.loaders._optimizers import table_of
-from torchstage.loaders._tables import Reading, Table
-from torchstage.stats import LookupCounts
-from torchstage.transforms._capture import has_hooks
-from torchstage.transforms._lift import Gather, Origin
+from torchstage.loaders._sites import AS_FAST, Site
+from torchstage.loaders._tables import Reading
 from torchstage.transforms._lookups import Form, Lookup
-
-
-class Site:
-    """One lookup of a model: its table's journal, the plain operation, its figures.
-
-    Args:
-        gather: the lookup and where its row numbers come from.
-        node: its node in the captured graph.
-        max_staleness: None to repair; else how many writes of the table rows may miss.
-        figures: its counts.
-    """
-
-    def __init__(self, gather: Gather, node: torch.fx.Node, max_staleness: int | None, figures: LookupCounts) -> None:
-        self.lookup: Lookup = gather.lookup
-        self.table: Table = table_of(gather.lookup.weight)
-        self.figures = figures
-        self.max_staleness = max_staleness
-        self.counting = threading.Lock()
-        self._usual: dict[bool, float] = {}  # seconds of a lookup in the step, by whether its rows came from ahead
-        self._ids = gather.ids
-        self._offsets = gather.offsets
-        self._plain = _operation(node, gather.lookup)
-
-    def inputs(self) -> list[int]:
-        """Return the positions of the leaves that the gather reads."""
-        return [o.leaf for o in (self._ids, self._offsets) if o is not None and o.leaf is not None]
-
-    def given(self, leaves: Sequence[Any], values: Sequence[Any]) -> tuple[Any, Any]:
-        """Return the row numbers and the bags' starts of a call."""
-        return _value(self._ids, leaves, values), _value(self._offsets, leaves, values)
-
-    def why_not(self, records: bool, trying: bool) -> str | None:
-        """Say why gathering ahead would be in vain, or None.
-
-        Args:
-            records: whether the steps record gradients, so that the table is written between them.
-            trying: whether to gather although it was seen to save nothing.
-        """
-        if records and self.max_staleness is None and self.table.written_whole:
-            return self.table.why_all
-        if not trying and len(self._usual) == 2 and self._usual[True] >= self._usual[False]:
-            return AS_FAST
-        return None
-
-    def took(self, ahead: bool, seconds: float) -> None:
-        """Note how long a lookup in the step took."""
-        usual = self._usual.get(ahead, seconds)
-        self._usual[ahead] = usual + _LATEST * (seconds - usual)
-        if ahead:
-            self.figures.used += 1
-            self.figures.used_seconds += seconds
-        else:
-            self.figures.kept += 1
-            self.figures.kept_seconds += seconds
-
-    def changed(self) -> str | None:
-        """Say what about the layer is not as it was at capture, or None."""
-        module = self.lookup.module
-        if module is None:
-            return None
-        if module._parameters.get("weight") is not self.lookup.weight:
-            return "table replaced"
-        if has_hooks(module) or "forward" in module.__dict__ or "parametrizations" in module._modules:
-            return "layer changed"
-        return None
-
-    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any) -> Any:
-        """Run the lookup as the plain model does.
-
-        Raises:
-            IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
-        """
-        try:
-            return self._plain(*args, **kwargs)
-        except (IndexError, RuntimeError) as error:
-            message = self._out_of_range(ids)
-            if message is None:
-                raise
-            raise type(error)(message) from error
-
-    def _out_of_range(self, ids: Any) -> str | None:
-        weight = self._weight_now()
-        least = -len(weight) if self.lookup.form is Form.INDEX else 0
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-            return None
-        outside = ids[(ids < least) | (ids >= len(weight))]
-        if not outside.numel():
-            return None
-        return (
-            f"a row number of the table `{self.lookup.table}` is out of range: it has {len(weight)} rows, so row numbers are "
-            f"{least} to {len(weight) - 1}. Found: {int(outside[0])}"
-            f"{f' and {outside.numel() - 1} more' if outside.numel() > 1 else ''} in a tensor of shape {list(ids.shape)}."
-        )
-
-    def _weight_now(self) -> torch.Tensor:
-        module = self.lookup.module
-        return self.lookup.weight if module is None else module.weight  # type: ignore[return-value]
 
 
 class Rows:
@@ -319,12 +217,6 @@ def _count(site: Site, keys: torch.Tensor, ids: torch.Tensor, seconds: float) ->
         figures.unique = len(torch.unique(keys)) / ids.numel()
 
 
-def _value(origin: Origin | None, leaves: Sequence[Any], values: Sequence[Any]) -> Any:
-    if origin is None:
-        return None
-    return leaves[origin.leaf] if origin.leaf is not None else values[origin.value or 0]
-
-
 def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     if lookup.sample_weights is None:
         return None
@@ -333,16 +225,4 @@ def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any
     return given
 
 
-def _operation(node: torch.fx.Node, lookup: Lookup) -> Callable[..., Any]:
-    """Return what the node calls."""
-    if lookup.module is not None:
-        return lookup.module
-    target: Any = node.target
-    if isinstance(target, str):
-        return lambda table, *args, **kwargs: getattr(table, target)(*args, **kwargs)
-    return target  # type: ignore[no-any-return]
-
-
-AS_FAST = 'as fast in the step (lookups="auto")'
 _UNIQUE_EVERY = 64
-_LATEST = 0.1  # the weight of the latest lookup in the usual time of one

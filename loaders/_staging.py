@@ -13,7 +13,8 @@ from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.loaders._policy import Policy
-from torchstage.loaders._rows import Rows, Site, gather
+from torchstage.loaders._rows import Rows, gather
+from torchstage.loaders._sites import Site
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._analysis import make_plan
