@@ -98,9 +98,9 @@ class Rows:
             return stale
         flat = rows.view(-1, weight.shape[1])
         weight = weight.detach()
-        if stale is not None and len(stale):
-            flat.index_copy_(0, stale, weight.index_select(0, keys.index_select(0, stale)))
-            site.figures.repaired += len(stale)
+        if stale is not None and len(stale.at):
+            flat.index_copy_(0, stale.at, weight.index_select(0, stale.keys))
+            site.figures.repaired += len(stale.at)
         return self._probe(flat, weight, keys)
 
     def _probe(self, rows: torch.Tensor, weight: torch.Tensor, keys: torch.Tensor) -> str | None:

@@ -25,11 +25,25 @@ import collections
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _MOST_PIECES = 64
+
+
+class Positions(NamedTuple):
+    """Some rows of a gather: int64 [K] their positions in it, and int [K] their numbers in the table."""
+
+    at: torch.Tensor
+    keys: torch.Tensor
+
+    @classmethod
+    def where(cls, chosen: torch.Tensor, keys: torch.Tensor) -> "Positions":
+        """Return those where ``chosen``, bool [M], holds."""
+        at = chosen.nonzero().view(-1)
+        return cls(at, keys.index_select(0, at))
 
 
 class Reading:
@@ -38,15 +52,31 @@ class Reading:
     Attributes:
         clock: writes noted before.
         serial: the number of this reading.
-        suspects: for each gather, int64 positions of the rows that unfinished readings look up too.
+        suspects: for each gather, which of the rows unfinished readings look up too.
         memory: identity of the table's memory.
     """
 
-    def __init__(self, clock: int, serial: int, suspects: list[torch.Tensor], memory: object) -> None:
+    def __init__(self, clock: int, serial: int, memory: object) -> None:
         self.clock = clock
         self.serial = serial
-        self.suspects = suspects
         self.memory = memory
+        self.suspects: list[Positions] = []
+
+
+class _Piece(NamedTuple):
+    """The row numbers, int [N], of one lookup that a forward used, and their version then."""
+
+    serial: int
+    rows: torch.Tensor
+    version: int
+
+    def is_in(self, rows: torch.Tensor) -> bool:
+        """Whether ``rows`` are these row numbers, as they were: the gradient may share their memory, written or not."""
+        own = self.rows
+        if len(rows) != len(own) or not len(own) or own._version != self.version:
+            return False
+        same_memory = rows.data_ptr() == own.data_ptr() and rows.dtype == own.dtype and rows.stride() == own.stride()
+        return same_memory or torch.equal(rows, own.to(rows.dtype))
 
 
 class Table:
@@ -58,6 +88,9 @@ class Table:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weakref.ref(weight)
+        # Two locks, so that the step never waits for a stage that searches. ``_order`` is taken first: who reads or stamps
+        # ``_seen`` does it alone, or a reader would overwrite a stamp that it must find later. ``_lock`` is for the rest.
+        self._order = threading.Lock()
         self._lock = threading.Lock()
         self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self._memory = _memory_of(weight)
@@ -69,7 +102,7 @@ class Table:
         self._applied = 0  # the highest serial whose rows were written
         self._open: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
         self._stepping = False  # a tracked step is at work: the version moves, and its rows are told when it is done
-        self._pieces: collections.deque[tuple[int, torch.Tensor]] = collections.deque(maxlen=_MOST_PIECES)
+        self._pieces: collections.deque[_Piece] = collections.deque(maxlen=_MOST_PIECES)
         self.why_all = ""
 
     def owns(self, weight: torch.Tensor) -> bool:
@@ -97,27 +130,29 @@ class Table:
         """
         weight = self._weight()
         assert weight is not None
-        with self._lock:
-            self._look_at(weight, versions=not self._stepping)
-            unfinished = [*self._open.keys(), *[serial for serial, _ in self._pieces]]
-            self._serial += 1
-            floor = min(unfinished, default=self._serial)
-            suspects = [(self._seen.index_select(0, part) >= floor).nonzero().view(-1) for part in keys]
+        with self._order:
+            with self._lock:
+                self._look_at(weight, versions=not self._stepping)
+                unfinished = [*self._open.keys(), *[piece.serial for piece in self._pieces]]
+                self._serial += 1
+                floor = min(unfinished, default=self._serial)
+                reading = Reading(self._clock, self._serial, self._memory)
+                self._open[self._serial] = reading
+            seen = self._seen
+            reading.suspects = [Positions.where(seen.index_select(0, part) >= floor, part) for part in keys]
             for part in keys:
-                self._seen.index_fill_(0, part.long(), self._serial)
-            reading = Reading(self._clock, self._serial, suspects, self._memory)
-            self._open[self._serial] = reading
+                seen.index_fill_(0, part.long(), reading.serial)
             return reading
 
     def used(self, reading: Reading, rows: torch.Tensor) -> None:
         """Note that a forward that records gradients used the lookup ``rows``, int [N], of a reading."""
         with self._lock:
-            self._pieces.append((reading.serial, rows))
+            self._pieces.append(_Piece(reading.serial, rows, rows._version))
 
     def stale_rows(
         self, weight: torch.Tensor, reading: Reading, number: int, keys: torch.Tensor
-    ) -> torch.Tensor | str | None:
-        """Say which rows of gather ``number`` of a reading may have been written: None, positions, or why all of them."""
+    ) -> Positions | str | None:
+        """Say which rows of gather ``number`` of a reading may have been written: None, some, or why all of them."""
         with self._lock:
             if weight is not self._weight() or _memory_of(weight) != reading.memory:
                 return "table replaced"
@@ -126,11 +161,11 @@ class Table:
                 return None
             if self._all_at > reading.clock:
                 return self.why_all
-            positions = reading.suspects[number]
+            suspects = reading.suspects[number]
             if self._searched_at > reading.clock or self._applied > reading.serial:
-                later = (self._seen.index_select(0, keys) > reading.serial).nonzero().view(-1)
-                positions = torch.cat([positions, later])
-            return positions
+                later = Positions.where(self._seen.index_select(0, keys) > reading.serial, keys)
+                suspects = Positions(torch.cat([suspects.at, later.at]), torch.cat([suspects.keys, later.keys]))
+            return suspects
 
     def staleness(self, reading: Reading) -> int:
         """Return how many writes were noted since a reading."""
@@ -161,6 +196,7 @@ class Table:
             return
         with self._lock:
             self._stepping = False
+            unknown = None
             moved = weight._version != self._version
             self._version = weight._version
             if why_all is not None:
@@ -168,8 +204,11 @@ class Table:
             elif grad is None:
                 if moved:
                     self._wrote_all("written without a gradient")
-            elif grad._nnz():
-                self._wrote_rows(grad._indices()[0])
+            elif grad._nnz() and not self._wrote_known_rows(grad._indices()[0]):
+                unknown = grad._indices()[0]
+        if unknown is not None:
+            with self._order, self._lock:
+                self._wrote_unknown_rows(unknown)
 
     def _look_at(self, weight: torch.Tensor, versions: bool = True) -> None:
         memory = _memory_of(weight)
@@ -188,13 +227,18 @@ class Table:
         self.why_all = why
         self._pieces.clear()
 
-    def _wrote_rows(self, rows: torch.Tensor) -> None:
-        self._clock += 1
+    def _wrote_known_rows(self, rows: torch.Tensor) -> bool:
+        """Note a write of rows that are those of unfinished readings; False if they are not."""
         serials = _match(rows, list(self._pieces))
         self._pieces.clear()
         if serials:
+            self._clock += 1
             self._applied = max(self._applied, *serials)
-        elif self._open:
+        return bool(serials)
+
+    def _wrote_unknown_rows(self, rows: torch.Tensor) -> None:
+        self._clock += 1
+        if self._open:
             self._serial += 1
             self._seen.index_fill_(0, rows, self._serial)
             self._searched_at = self._clock
@@ -203,16 +247,14 @@ class Table:
             self.why_all = "written by an unknown lookup"
 
 
-def _match(rows: torch.Tensor, pieces: list[tuple[int, torch.Tensor]]) -> list[int]:
+def _match(rows: torch.Tensor, pieces: list[_Piece]) -> list[int]:
     """Return the serials of the pieces that ``rows`` is made of, in whatever order; none if it is not."""
     serials, start = [], 0
     while start < len(rows):
-        for position, (serial, piece) in enumerate(pieces):
-            part = rows[start : start + len(piece)]
-            same = part.data_ptr() == piece.data_ptr() and part.dtype == piece.dtype and part.stride() == piece.stride()
-            if len(part) == len(piece) > 0 and (same or torch.equal(part, piece.to(part.dtype))):
-                serials.append(serial)
-                start += len(piece)
+        for position, piece in enumerate(pieces):
+            if piece.is_in(rows[start : start + len(piece.rows)]):
+                serials.append(piece.serial)
+                start += len(piece.rows)
                 del pieces[position]
                 break
         else:
