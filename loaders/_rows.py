@@ -68,7 +68,7 @@ class Rows:
         why = self._not_usable()
         if why is not None:
             self._rows = self._reading = None
-            result = self.site.run_plain(args, kwargs, self.ids)
+            result = self.site.run_plain(args, kwargs)
             self.site.figures.reasons[why] += 1
         else:
             result = self._use(args, kwargs)
@@ -138,7 +138,7 @@ class Rows:
 def gather(
     sites: Sequence[Site], leaves: Sequence[Any], values: Sequence[Any], *, ahead: bool, records: bool, trying: bool
 ) -> list[Rows]:
-    """Gather the rows of a batch for all lookups. Runs on the stage's thread.
+    """Gather the rows of a batch for all lookups; nothing if none is to be gathered. Runs on the stage's thread.
 
     Args:
         sites: the lookups.
@@ -148,13 +148,18 @@ def gather(
         records: whether the steps record gradients, so that tables are written between them.
         trying: whether to gather although it was seen to save nothing.
     """
+    whys = [site.why_not(records, trying) if ahead else AS_FAST for site in sites]
+    if all(whys) and not (trying and AS_FAST in whys):  # in a trial the lookups in the step are timed
+        for site, why in zip(sites, whys, strict=True):
+            site.figures.reasons[why or ""] += 1
+        return []
     found: list[Rows] = []
     by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | None]]] = {}
-    for site in sites:
+    for site, why in zip(sites, whys, strict=True):
         ids, offsets = site.given(leaves, values)
-        rows = Rows(site, ids, (site.why_not(records, trying) if ahead else AS_FAST) or "")
+        rows = Rows(site, ids, why or "")
         found.append(rows)
-        if not rows.why:
+        if not why:
             prepared = _prepare(site.lookup, ids, offsets)
             if isinstance(prepared, str):
                 rows.why = prepared

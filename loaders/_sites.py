@@ -79,37 +79,25 @@ class Site:
             return "layer changed"
         return None
 
-    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any) -> Any:
-        """Run the lookup as the plain model does.
+    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the lookup as the plain model does."""
+        return self._plain(*args, **kwargs)
 
-        Raises:
-            IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
-        """
-        try:
-            return self._plain(*args, **kwargs)
-        except (IndexError, RuntimeError) as error:
-            message = self._out_of_range(ids)
-            if message is None:
-                raise
-            raise type(error)(message) from error
-
-    def _out_of_range(self, ids: Any) -> str | None:
-        weight = self._weight_now()
-        least = -len(weight) if self.lookup.form is Form.INDEX else 0
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+    def out_of_range(self, ids: Any) -> str | None:
+        """Name the table, the range and the value if a row number is out of range, else None."""
+        module = self.lookup.module
+        rows = len(self.lookup.weight if module is None else module.weight)  # type: ignore[arg-type]
+        least = -rows if self.lookup.form is Form.INDEX else 0
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
             return None
-        outside = ids[(ids < least) | (ids >= len(weight))]
+        outside = ids[(ids < least) | (ids >= rows)]
         if not outside.numel():
             return None
+        more = f" and {outside.numel() - 1} more" if outside.numel() > 1 else ""
         return (
-            f"a row number of the table `{self.lookup.table}` is out of range: it has {len(weight)} rows, so row numbers are "
-            f"{least} to {len(weight) - 1}. Found: {int(outside[0])}"
-            f"{f' and {outside.numel() - 1} more' if outside.numel() > 1 else ''} in a tensor of shape {list(ids.shape)}."
+            f"a row number of the table `{self.lookup.table}` is out of range: it has {rows} rows, so row numbers are "
+            f"{least} to {rows - 1}. Found: {int(outside[0])}{more} in a tensor of shape {list(ids.shape)}."
         )
-
-    def _weight_now(self) -> torch.Tensor:
-        module = self.lookup.module
-        return self.lookup.weight if module is None else module.weight  # type: ignore[return-value]
 
 
 def _value(origin: Origin | None, leaves: Sequence[Any], values: Sequence[Any]) -> Any:

@@ -93,6 +93,7 @@ class Parts:
         self._ambient = mode.ambient
         self._stage: Callable[..., list[Any]] = self.lifted.stage.module.forward
         self._main: Callable[..., list[Any]] = self.lifted.main.module.forward
+        self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
 
@@ -143,12 +144,24 @@ class Parts:
             )
 
     def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> Any:
-        """Run the main graph on the leaves of a call, the values of its stage and its rows; return what forward returns."""
-        if rows:
+        """Run the main graph on the leaves of a call, the values of its stage and its rows; return what forward returns.
+
+        Raises:
+            IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
+            Exception: whatever the forward raises.
+        """
+        if self.sites:
             self._policy.step(any(part.gathered for part in rows))
         grad = torch.is_grad_enabled()
+        inputs = [leaves[position] for position in self.lifted.main.inputs]
         try:
-            outputs = self._main(*[leaves[position] for position in self.lifted.main.inputs], *values, *rows)
+            outputs = self._main(*inputs, *values, *rows) if rows else self._plain(*inputs, *values)
+        except (IndexError, RuntimeError) as error:
+            for site in self.sites:
+                message = site.out_of_range(site.given(leaves, values)[0])
+                if message is not None:
+                    raise type(error)(message) from error
+            raise
         finally:
             if torch.is_grad_enabled() != grad:  # an exception between two grad mode switches of the forward
                 torch.set_grad_enabled(grad)

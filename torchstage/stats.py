@@ -52,7 +52,7 @@ class TableFigures:
     """Lookups that gathered in the step although they can run ahead, by reason."""
 
     kept_seconds: float
-    """Time of such a lookup in the step; 0 if there was none."""
+    """Time of such a lookup in the step; 0 if none was timed, which is only done while the two are compared."""
 
     staleness: int
     """With ``lookups="stale"``, the most writes of the table that a row has missed; else 0."""
@@ -60,7 +60,7 @@ class TableFigures:
     @property
     def saved_seconds(self) -> float | None:
         """Time saved in the step per lookup that was gathered ahead; None while one of the two ways was not seen."""
-        return self.kept_seconds - self.used_seconds if self.used and self.kept else None
+        return self.kept_seconds - self.used_seconds if self.used and self.kept_seconds else None
 
     def __str__(self) -> str:
         lookups = self.used + sum(self.kept.values())

@@ -59,11 +59,13 @@ class Lifted:
     """A forward in two parts.
 
     After its own inputs ``main`` takes what ``stage`` returns, and then an object for each of ``gathers`` whose method
-    ``lookup``, called with the arguments of the original call, stands in for it.
+    ``lookup``, called with the arguments of the original call, stands in for it. ``plain`` is the main graph with the
+    lookups as they were; the same as ``main`` where there are none.
     """
 
     stage: Part
     main: Part
+    plain: Part
     gathers: tuple[Gather, ...] = ()
 
 
@@ -75,9 +77,13 @@ def lift(capture: Capture, plan: Plan) -> Lifted:
     cut = cut_of(capture.graph, lambda node: node.name in names)
     output = next(iter(reversed(capture.graph.nodes)))
     gathers = tuple(_gather(node, cut, capture) for node in kept if node.name in plan.lookups)
+    name = f"{plan.model}Main"
+    plain = extract(capture, kept, output.args[0], name)
+    stand_ins = [gather.lookup.node for gather in gathers]
     return Lifted(
         stage=extract(capture, lifted, cut, f"{plan.model}Stage", ahead=True),
-        main=extract(capture, kept, output.args[0], f"{plan.model}Main", gathered=[g.lookup.node for g in gathers]),
+        main=extract(capture, kept, output.args[0], name, gathered=stand_ins) if gathers else plain,
+        plain=plain,
         gathers=gathers,
     )
 
