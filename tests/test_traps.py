@@ -6,6 +6,7 @@ Most are not staged as a whole, or fall back; what counts is that no step is sil
 import collections
 import copy
 import functools
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -409,11 +410,16 @@ class Box:
 
 
 def test_an_object_whose_tensor_the_loader_overwrites_is_an_error() -> None:
+    read_ahead = threading.Event()
+
     def reuse() -> Any:
         buffer = torch.empty(4, 8)
         for i in range(12):
             buffer.fill_(i)
+            if i == 3:
+                read_ahead.set()
             yield Box(buffer)
 
     with pytest.raises(torchstage.errors.BatchOverwrittenError, match="the loader wrote into batch"):
-        list(torchstage.StagedDataLoader(reuse(), capacity=4))
+        for _ in torchstage.StagedDataLoader(reuse(), capacity=4):
+            assert read_ahead.wait(10)
