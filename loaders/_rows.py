@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchstage.loaders._lookup_functions import BagOfRows, Bags, GatheredRows, Taken
 from torchstage.loaders._sites import AS_FAST, Site
-from torchstage.loaders._tables import Reading
+from torchstage.loaders._tables import Positions, Reading, memory_of_table
 from torchstage.transforms._lookups import Form, Lookup
 
 
@@ -22,20 +23,23 @@ class Rows:
 
     Args:
         site: the lookup.
-        ids: its row numbers, int [N] or of the lookup's shape.
+        ids: its row numbers. Held as an alias: the batch's own tensor must be free to go when the user drops it.
         why: why no rows were gathered.
     """
 
     def __init__(self, site: Site, ids: Any, why: str) -> None:
         self.site = site
-        self.ids = ids
+        self.ids = ids.detach() if isinstance(ids, torch.Tensor) else ids
         self.why = why
         self._reading: Reading | None = None
         self._number = 0
         self._keys: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
+        self._bytes: Any = None
         self._bags: Bags | None = None
         self._piece: torch.Tensor | None = None
+        self._probed = (0, 0)
+        self._spent = False
 
     @property
     def gathered(self) -> bool:
@@ -46,82 +50,112 @@ class Rows:
         """Copy the rows. Runs on the stage's thread, after the reading was taken."""
         lookup = self.site.lookup
         weight = lookup.weight.detach()
-        if bags is not None:
-            rows = weight.index_select(0, keys)
-        elif lookup.form is Form.INDEX:
-            rows = weight[self.ids]
-        elif lookup.form is Form.SELECT:
-            rows = weight.index_select(0, self.ids)
-        else:
-            rows = torch.embedding(weight, self.ids)
+        if memory_of_table(weight) != reading.memory:  # the very memory that rows are copied from
+            self.why = "table replaced"
+            return
+        self._keys, self._bags = keys, bags
+        rows = self._copy(weight)
         if not rows.is_contiguous():
             self.why = "the row numbers are in an unusual order in memory"
             return
         if lookup.sparse:  # the row numbers of the sparse gradient that this lookup will have
             flat = self.ids.reshape(-1)
             self._piece = flat if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
-        self._reading, self._number, self._keys, self._bags, self._rows = reading, number, keys, bags, rows
+        at = max(_without(len(keys), reading.suspects[number].at, reading.serial), 0)
+        self._probed = at, int(keys[at])
+        self._bytes = _rows_as_bytes(rows)
+        self._reading, self._number, self._rows = reading, number, rows
+
+    def _copy(self, weight: torch.Tensor) -> torch.Tensor:
+        """Gather as the plain lookup would, so that the result has its layout too; of bags, each row once."""
+        if self._bags is not None:
+            assert self._keys is not None
+            return weight.index_select(0, self._keys)
+        if self.site.lookup.form is Form.INDEX:
+            return weight[self.ids]
+        if self.site.lookup.form is Form.SELECT:
+            return weight.index_select(0, self.ids)
+        return torch.embedding(weight, self.ids)
 
     def lookup(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the plain lookup that is called so."""
         started = time.perf_counter()
-        why = self._not_usable()
+        why = self._not_usable(args, kwargs)
         if why is not None:
-            self._rows = self._reading = None
-            result = self.site.run_plain(args, kwargs)
             self.site.figures.reasons[why] += 1
-        else:
-            result = self._use(args, kwargs)
+            # A second call is of the same kind as the first: checkpointing compares what the two save for the backward.
+            again = why is _SPENT and self.site.hooked() is None
+            self._reading = None
+            self._rows = self._copy(self.site.lookup.weight.detach()) if again else None
+        result = self.site.run_plain(args, kwargs) if self._rows is None else self._use(args, kwargs)
         self.site.took(why is None, time.perf_counter() - started)
         return result
 
-    def _not_usable(self) -> str | None:
+    def _not_usable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Bring the rows up to date; say why that cannot be, or None."""
         if self._rows is None:
-            return self.why
-        self.why = "rows used by an earlier call"
-        site, reading, keys, rows = self.site, self._reading, self._keys, self._rows
+            return _SPENT if self._spent else self.why
+        site, reading, keys = self.site, self._reading, self._keys
         assert reading is not None
         assert keys is not None
-        changed = site.changed()
-        if changed is not None:
-            return changed
+        self.why = "the first call did not use the rows"
+        why = self._unusual_call(args, kwargs)
+        if why is not None:
+            return why
         weight = site.lookup.weight
         stale = site.table.stale_rows(weight, reading, self._number, keys)
         if site.max_staleness is not None:
             missed = site.table.staleness(reading)
-            site.figures.staleness = max(site.figures.staleness, missed)
             if isinstance(stale, str) and stale == "table replaced":
                 return stale
-            return "too stale" if missed > site.max_staleness else None
+            if missed > site.max_staleness:
+                return "too stale"
+            site.figures.staleness = max(site.figures.staleness, missed)
+            return None
         if isinstance(stale, str):
             return stale
-        flat = rows.view(-1, weight.shape[1])
-        weight = weight.detach()
-        if stale is not None and len(stale.at):
-            flat.index_copy_(0, stale.at, weight.index_select(0, stale.keys))
-            site.figures.repaired += len(stale.at)
-        return self._probe(flat, weight, keys)
+        return self._repair(_rows_as_bytes(weight.detach()), stale)
 
-    def _probe(self, rows: torch.Tensor, weight: torch.Tensor, keys: torch.Tensor) -> str | None:
-        """Compare one row with the table: a write through ``.data`` leaves no other trace."""
-        assert self._reading is not None
-        if len(keys):
-            at = self._reading.serial % len(keys)
-            if not torch.equal(rows[at], weight[keys[at]]):
-                self.site.table.doubt("table written through .data, or not a number")
-                return "table written through .data, or not a number"
+    def _unusual_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Say why the call is left to torch, which may refuse it, or None."""
+        hooked = self.site.hooked()
+        if hooked is not None:
+            return hooked
+        given = _sample_weights(self.site.lookup, args, kwargs)
+        if given is not None and (self.site.lookup.mode != 0 or given.shape != self.ids.shape):
+            return "the sample weights are of another form"
         return None
+
+    def _repair(self, table: Any, stale: Positions | None) -> str | None:
+        """Read again the rows that may have been written, as whole rows of bytes: that is faster than torch's ways."""
+        if self._probe(table, stale):
+            self.site.table.doubt(_UNSEEN)
+            return _UNSEEN
+        if stale is not None and len(stale.at):
+            self._bytes[stale.at.numpy()] = table[stale.keys.numpy()]
+            self.site.figures.repaired += len(stale.at)
+        return None
+
+    def _probe(self, table: Any, stale: Positions | None) -> bool:
+        """Whether a row that nobody is known to have written differs: a write through ``.data`` leaves no other trace."""
+        assert self._keys is not None
+        at, key = self._probed
+        if self._bytes[at].tobytes() == table[key].tobytes():
+            return False
+        if stale is None or not (stale.at == at).any():
+            return True
+        at = _without(len(self._keys), stale.at, at)  # a search found it written: look at another
+        return bool(at >= 0 and self._bytes[at].tobytes() != table[int(self._keys[at])].tobytes())
 
     def _use(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         lookup, rows, reading = self.site.lookup, self._rows, self._reading
         assert rows is not None
-        assert reading is not None
         weight = lookup.weight
         records = torch.is_grad_enabled() and weight.requires_grad
-        if records and self._piece is not None:
+        if records and self._piece is not None and reading is not None:
             self.site.table.used(reading, self._piece)
-        self._rows = self._reading = None
+        self._rows = self._reading = self._bytes = None
+        self._spent = True
         if self._bags is not None:
             return self._use_bags(rows, self._bags, _sample_weights(lookup, args, kwargs))
         if not records:
@@ -160,7 +194,7 @@ def gather(
         rows = Rows(site, ids, why or "")
         found.append(rows)
         if not why:
-            prepared = _prepare(site.lookup, ids, offsets)
+            prepared = _prepare(site.lookup, rows.ids, offsets)
             if isinstance(prepared, str):
                 rows.why = prepared
             else:
@@ -195,7 +229,9 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
         return flat, None
     if ids.dim() == 2 and offsets is None:
         offsets = torch.arange(0, ids.numel(), ids.shape[1], dtype=ids.dtype)
-    if ids.dim() > 2 or type(offsets) is not torch.Tensor or offsets.dim() != 1:
+    elif ids.dim() != 1:
+        offsets = None
+    if type(offsets) is not torch.Tensor or offsets.dim() != 1:
         return "the bags are of another form"
     # Each row once, which pays for a bag on both threads: sorted rows are gathered faster than the sort takes, and the
     # step's sums read few rows, from the cache. For single rows it does not: the step would have to spread them.
@@ -208,7 +244,7 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
         padding = len(keys)
         keys = torch.cat([keys, flat.new_tensor([lookup.padding_idx])])
         places = torch.where(flat == lookup.padding_idx, padding, places)
-    return keys, Bags(flat, offsets, places, keys, padding)
+    return keys, Bags(flat, offsets.detach(), places, keys, padding)
 
 
 def _count(site: Site, keys: torch.Tensor, ids: torch.Tensor, seconds: float) -> None:
@@ -230,4 +266,18 @@ def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any
     return given
 
 
+def _without(count: int, some: torch.Tensor, start: int) -> int:
+    """Return a position among ``count`` that is not among ``some``, int64 [K]; -1 if there is none."""
+    others = torch.ones(count, dtype=torch.bool).index_fill_(0, some, False).nonzero()
+    return int(others[start % len(others)]) if len(others) else -1
+
+
+def _rows_as_bytes(rows: torch.Tensor) -> Any:
+    """Return the rows of a contiguous CPU tensor [..., columns] as a NumPy array whose elements are whole rows."""
+    columns = rows.view(-1, rows.shape[-1]).view(torch.uint8).numpy()
+    return columns.view(np.dtype((np.void, columns.shape[1]))).reshape(-1)
+
+
+_SPENT = "rows used by an earlier call"
+_UNSEEN = "table written through .data"
 _UNIQUE_EVERY = 64

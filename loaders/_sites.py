@@ -51,8 +51,9 @@ class Site:
             records: whether the steps record gradients, so that the table is written between them.
             trying: whether to gather although it was seen to save nothing.
         """
-        if records and self.max_staleness is None and self.table.written_whole:
-            return self.table.why_all
+        whole = self.table.why_whole if records and self.max_staleness is None else None
+        if whole is not None:
+            return whole
         if not trying and len(self._usual) == 2 and self._usual[True] >= self._usual[False]:
             return AS_FAST
         return None
@@ -68,16 +69,19 @@ class Site:
             self.figures.kept += 1
             self.figures.kept_seconds += seconds
 
-    def changed(self) -> str | None:
-        """Say what about the layer is not as it was at capture, or None."""
+    def replaced(self) -> str | None:
+        """Say that the layer's table is not the one that was captured, or None."""
         module = self.lookup.module
-        if module is None:
+        if module is None or module._parameters.get("weight") is self.lookup.weight:
+            return None  # the table of a function is guarded with the rest of the captured state
+        return f"`{self.lookup.table}` was replaced"
+
+    def hooked(self) -> str | None:
+        """Say that calling the layer does more than its lookup now, or None."""
+        module = self.lookup.module
+        if module is None or not (has_hooks(module) or "forward" in module.__dict__ or module._modules):
             return None
-        if module._parameters.get("weight") is not self.lookup.weight:
-            return "table replaced"
-        if has_hooks(module) or "forward" in module.__dict__ or "parametrizations" in module._modules:
-            return "layer changed"
-        return None
+        return "the layer has a hook or a forward of its own"
 
     def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the lookup as the plain model does."""

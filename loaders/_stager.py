@@ -175,7 +175,7 @@ class Stager:
 
     def _staging_for(self, mode: Mode, call: Call) -> Staging:
         known = self._stagings.get(mode)
-        if known is not None and (known.parts is None or known.parts.guards.broken() is None):
+        if known is not None and (known.parts is None or known.parts.changed() is None):
             return known
         self._captures[mode] = self._capture(call)
         return self._replan(mode, self._captures[mode], call)

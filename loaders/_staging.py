@@ -70,7 +70,7 @@ class Parts:
         self.constants = capture.constants
         effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
         self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
-        self.guards = Guards(model, capture)
+        self._guards = Guards(model, capture)
         self.lifted: Lifted = lift(capture, plan)
         self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
         lag = options.capacity + options.num_threads
@@ -115,6 +115,14 @@ class Parts:
             if position in self.inputs and not is_tracked(leaf):
                 return "the batch holds an object whose changes cannot be noticed"
         return None
+
+    def changed(self) -> str | None:
+        """Name the first thing of the model that is not as it was at capture, or None."""
+        broken = self._guards.broken()
+        if broken is None:
+            for site in self.sites:
+                broken = broken or site.replaced()
+        return broken
 
     def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
         """Run the stage graph on the leaves of a call and return the values of the cut.

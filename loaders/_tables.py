@@ -16,7 +16,7 @@ Contract (tests/test_tables.py has a test per number).
     rows, a coalesced gradient, a lookup elsewhere) the written rows are stamped with a new serial, and all readings that
     were taken before search for them.
  5. Doubt. Any other write, a tracked step that is not row-local or a version of the tensor that moved by itself, counts as
-    a write of all rows. So does replaced memory. A few bytes of each reading are compared with the table all the same
+    a write of all rows. So does replaced memory. One row of each gather is compared with the table all the same
     (`torchstage.loaders._rows`), for writes through ``.data``, which leave no trace.
  6. Bounds. One int32 per row, and as many pieces of row numbers as lookups since the last step, at most 64.
 """
@@ -93,7 +93,8 @@ class Table:
         self._order = threading.Lock()
         self._lock = threading.Lock()
         self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        self._memory = _memory_of(weight)
+        self._memory = memory_of_table(weight)
+        self._alone = _is_alone(weight)
         self._version = weight._version
         self._serial = 0
         self._clock = 0
@@ -103,7 +104,7 @@ class Table:
         self._open: weakref.WeakValueDictionary[int, Reading] = weakref.WeakValueDictionary()
         self._stepping = False  # a tracked step is at work: the version moves, and its rows are told when it is done
         self._pieces: collections.deque[_Piece] = collections.deque(maxlen=_MOST_PIECES)
-        self.why_all = ""
+        self._why_all = ""
 
     def owns(self, weight: torch.Tensor) -> bool:
         """Whether this is the journal of ``weight``."""
@@ -115,9 +116,11 @@ class Table:
         return self._clock
 
     @property
-    def written_whole(self) -> bool:
-        """Whether the last write that was noted was of all rows."""
-        return self._clock > 0 and self._all_at == self._clock
+    def why_whole(self) -> str | None:
+        """Say why the next write is likely to be of all rows: the last one was, or none would be noticed. None if not."""
+        if not self._alone:
+            return _NOT_ALONE
+        return self._why_all if 0 < self._clock == self._all_at else None
 
     def read(self, keys: Sequence[torch.Tensor]) -> Reading:
         """Note that the rows ``keys`` are about to be gathered.
@@ -154,17 +157,19 @@ class Table:
     ) -> Positions | str | None:
         """Say which rows of gather ``number`` of a reading may have been written: None, some, or why all of them."""
         with self._lock:
-            if weight is not self._weight() or _memory_of(weight) != reading.memory:
+            if weight is not self._weight() or memory_of_table(weight) != reading.memory:
                 return "table replaced"
             self._look_at(weight)
+            if not self._alone:
+                return _NOT_ALONE
             if self._clock == reading.clock:
                 return None
             if self._all_at > reading.clock:
-                return self.why_all
+                return self._why_all
             suspects = reading.suspects[number]
             if self._searched_at > reading.clock or self._applied > reading.serial:
-                later = Positions.where(self._seen.index_select(0, keys) > reading.serial, keys)
-                suspects = Positions(torch.cat([suspects.at, later.at]), torch.cat([suspects.keys, later.keys]))
+                chosen = self._seen.index_select(0, keys) > reading.serial
+                suspects = Positions.where(chosen.index_fill_(0, suspects.at, True), keys)
             return suspects
 
     def staleness(self, reading: Reading) -> int:
@@ -181,7 +186,8 @@ class Table:
         weight = self._weight()
         if weight is not None:
             with self._lock:
-                self._look_at(weight)
+                if self._open:  # else nobody cares
+                    self._look_at(weight)
                 self._stepping = True
 
     def after_step(self, grad: torch.Tensor | None, why_all: str | None) -> None:
@@ -204,6 +210,9 @@ class Table:
             elif grad is None:
                 if moved:
                     self._wrote_all("written without a gradient")
+            elif not self._open:
+                self._clock += 1
+                self._pieces.clear()
             elif grad._nnz() and not self._wrote_known_rows(grad._indices()[0]):
                 unknown = grad._indices()[0]
         if unknown is not None:
@@ -211,9 +220,10 @@ class Table:
                 self._wrote_unknown_rows(unknown)
 
     def _look_at(self, weight: torch.Tensor, versions: bool = True) -> None:
-        memory = _memory_of(weight)
+        memory = memory_of_table(weight)
         if memory != self._memory:
             self._memory = memory
+            self._alone = _is_alone(weight)
             self._version = weight._version
             self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
             self._wrote_all("table replaced")
@@ -224,7 +234,7 @@ class Table:
     def _wrote_all(self, why: str) -> None:
         self._clock += 1
         self._all_at = self._clock
-        self.why_all = why
+        self._why_all = why
         self._pieces.clear()
 
     def _wrote_known_rows(self, rows: torch.Tensor) -> bool:
@@ -238,13 +248,10 @@ class Table:
 
     def _wrote_unknown_rows(self, rows: torch.Tensor) -> None:
         self._clock += 1
-        if self._open:
+        if self._open:  # else nobody waits to know which rows
             self._serial += 1
             self._seen.index_fill_(0, rows, self._serial)
             self._searched_at = self._clock
-        else:  # nobody waits to know which rows
-            self._all_at = self._clock
-            self.why_all = "written by an unknown lookup"
 
 
 def _match(rows: torch.Tensor, pieces: list[_Piece]) -> list[int]:
@@ -262,6 +269,20 @@ def _match(rows: torch.Tensor, pieces: list[_Piece]) -> list[int]:
     return serials
 
 
-def _memory_of(weight: torch.Tensor) -> object:
+def memory_of_table(weight: torch.Tensor) -> object:
+    """Return what tells the memory of a table, and how it is laid out there."""
     # The weak reference keeps the address of memory that is gone from being given out again, to look like it.
-    return StorageWeakRef(weight.untyped_storage()), weight.shape, weight.dtype, weight.stride(), weight.device
+    return (
+        StorageWeakRef(weight.untyped_storage()),
+        weight.storage_offset(),
+        weight.shape,
+        weight.dtype,
+        weight.stride(),
+    )
+
+
+def _is_alone(weight: torch.Tensor) -> bool:
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+_NOT_ALONE = "the table is part of a larger tensor, which may be written under another name"

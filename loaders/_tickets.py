@@ -62,6 +62,8 @@ class Ticket:
         """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""
         if not self._is_mine(leaves) or (spec is not self.spec and spec != self.spec):
             return "other arguments", None
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "transform of torch.func", None
         mode = Mode.now(self.staging.modules)
         difference = self.staging.mode.differs(mode)
         if difference is not None:
@@ -78,7 +80,7 @@ class Ticket:
             if value._version != version:
                 return "staged value written", None
         parts = self.staging.parts
-        broken = parts.guards.broken() if parts is not None else "nothing staged"
+        broken = parts.changed() if parts is not None else "nothing staged"
         return None if broken is None else ("model changed", broken)
 
     def run(self, leaves: Sequence[Any]) -> Any:
