@@ -616,6 +616,12 @@ WRITES: dict[str, Job] = {
     "unfrozen later": written(lambda step, net: net.e.weight.requires_grad_(step >= 4)),
     "data of the same size": written(at(3, 7)(lambda net: setattr(net.e.weight, "data", net.e.weight.data * 2))),
     "larger data": written(at(3)(lambda net: setattr(net.e.weight, "data", torch.cat([net.e.weight.data] * 2)))),
+    "data in another order in memory": written(
+        at(3, 7)(lambda net: setattr(net.e.weight, "data", net.e.weight.data.t().contiguous().t()))
+    ),
+    "data with gaps in memory": written(
+        at(3, 7)(lambda net: setattr(net.e.weight, "data", torch.cat([net.e.weight.data] * 2, 1)[:, ::2]))
+    ),
     "data in a pool": in_a_pool,
     "data in a flat tensor": flattened,
     "memory that is shared from now on": written(at(3)(lambda net: net.e.weight.share_memory_())),

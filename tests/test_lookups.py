@@ -120,7 +120,7 @@ def snapshot(tensor: torch.Tensor | None) -> Any:
     if tensor.layout is torch.sparse_coo:
         coalesced = tensor.is_coalesced()
         return "sparse", coalesced, tuple(tensor.shape), snapshot(tensor._indices()), snapshot(tensor._values())
-    content = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+    content = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return tensor.dtype, tuple(tensor.shape), content
 
 
@@ -449,6 +449,26 @@ def test_a_lookup_of_hashed_words_and_numbers_gathers_what_the_stage_computes() 
     assert used(loader) == 2 * 16
     assert loader.plan is not None
     assert {"string_to_hash_bucket", "hash_bucket"} <= {node.target for node in loader.plan.lifted}
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 1), (5, 0)])
+def test_a_table_of_one_row_or_few_columns(rows: int, columns: int) -> None:
+    def setup(self: Any) -> None:
+        self.e = nn.Embedding(rows, columns, sparse=True)
+
+    loader = check(model(lambda self, b: self.e(b.ids % rows).sum(1, keepdim=True) + b.dense, setup))
+    assert used(loader) == 16 or columns == 0
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.SiLU(inplace=True)])
+def test_a_layer_after_the_lookup_that_writes_in_place_does_not_write_the_table(layer: nn.Module) -> None:
+    """The looked-up rows are a copy, and so is what is computed from them."""
+
+    def setup(self: Any) -> None:
+        embedding(sparse=True)(self)
+        self.top = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(layer))
+
+    assert used(check(model(lambda self, b: self.top(self.e(b.ids)), setup))) == 16
 
 
 def test_a_table_in_a_nested_module_has_its_full_name() -> None:
