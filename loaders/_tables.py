@@ -157,9 +157,9 @@ class Table:
     ) -> Positions | str | None:
         """Say which rows of gather ``number`` of a reading may have been written: None, some, or why all of them."""
         with self._lock:
-            if weight is not self._weight() or memory_of_table(weight) != reading.memory:
-                return "table replaced"
             self._look_at(weight)
+            if self._memory != reading.memory:
+                return "table replaced"
             if not self._alone:
                 return _NOT_ALONE
             if self._clock == reading.clock:
