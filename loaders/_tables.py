@@ -282,7 +282,7 @@ def memory_of_table(weight: torch.Tensor) -> object:
 
 
 def _is_alone(weight: torch.Tensor) -> bool:
-    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
 
-_NOT_ALONE = "the table is part of a larger tensor, which may be written under another name"
+_NOT_ALONE = "the table is not contiguous, or part of a larger tensor, which may be written under another name"
