@@ -71,6 +71,7 @@ class Policy:
                 self._decide()
             elif number >= self.trial_steps * (1 + self.HOLD):
                 self._asked = 0
+                self._forget()  # what was seen since the last trial is of one way only
             return self._choice
 
     def step(self, ahead: bool) -> None:
@@ -88,9 +89,12 @@ class Policy:
 
     def _decide(self) -> None:
         self._choice = self._ratio() < 1 - self.MARGIN
+        self._forget()
+        self.trials += 1
+
+    def _forget(self) -> None:
         for times in self._times.values():
             times.clear()
-        self.trials += 1
 
     def _ratio(self) -> float:
         """Return the median time of a step with gathers ahead to that of one without; 1 if either was not seen."""

@@ -82,7 +82,7 @@ class Rows:
         started = time.perf_counter()
         why = self._not_usable(args, kwargs)
         if why is not None:
-            self.site.figures.reasons[why] += 1
+            self.site.kept(why)
             # A second call is of the same kind as the first: checkpointing compares what the two save for the backward.
             again = why is _SPENT and self.site.hooked() is None
             self._reading = None
@@ -185,7 +185,7 @@ def gather(
     whys = [site.why_not(records, trying) if ahead else AS_FAST for site in sites]
     if all(whys) and not (trying and AS_FAST in whys):  # in a trial the lookups in the step are timed
         for site, why in zip(sites, whys, strict=True):
-            site.figures.reasons[why or ""] += 1
+            site.kept(why or "")
         return []
     found: list[Rows] = []
     by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | None]]] = {}

@@ -58,6 +58,11 @@ class Site:
             return AS_FAST
         return None
 
+    def kept(self, why: str) -> None:
+        """Count a lookup that gathers in the step."""
+        with self.counting:
+            self.figures.reasons[why] += 1
+
     def took(self, ahead: bool, seconds: float) -> None:
         """Note how long a lookup in the step took."""
         usual = self._usual.get(ahead, seconds)

@@ -165,7 +165,8 @@ class Parts:
         try:
             outputs = self._main(*inputs, *values, *rows) if rows else self._plain(*inputs, *values)
         except (IndexError, RuntimeError) as error:
-            for site in self.sites:
+            told = any(words in str(error) for words in _OUT_OF_RANGE)
+            for site in self.sites if told else ():
                 message = site.out_of_range(site.given(leaves, values)[0])
                 if message is not None:
                     raise type(error)(message) from error
@@ -247,6 +248,10 @@ def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[s
         named = [*module.named_parameters(), *module.named_buffers()]
         found += [(f"{path}.{name}", tensor) for name, tensor in named if id(tensor) in own]
     return tuple(found)
+
+
+# What torch says of a row number in the three kinds of lookup: to `embedding` and `index_select`, to an index, to a bag.
+_OUT_OF_RANGE = ("out of range", "out of bounds", "valid range", "Expected idx")
 
 
 class _Locator(torch.fx.Interpreter):

@@ -529,7 +529,7 @@ IN_THE_STEP: dict[str, tuple[Any, Any]] = {
     "another parameter shares its memory": (lambda self, b: self.e(b.ids) + self.other.sum(), two_names),
     "the layer has hooks or a forward of its own": (lambda self, b: self.e(b.ids), hooked),
     "its row numbers are state of the model": (lambda self, b: self.e(self.numbers), with_numbers),
-    "its row numbers depends? on work of the step": (
+    "its row numbers come from an operation that depends on work of the step": (
         lambda self, b: self.e((self.out.weight.sum() * 0).long() + b.ids * 1),
         embedding(sparse=True),
     ),

@@ -423,3 +423,25 @@ def test_an_object_whose_tensor_the_loader_overwrites_is_an_error() -> None:
     with pytest.raises(torchstage.errors.BatchOverwrittenError, match="the loader wrote into batch"):
         for _ in torchstage.StagedDataLoader(reuse(), capacity=4):
             assert read_ahead.wait(10)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5, inplace=True), nn.RReLU(inplace=True), nn.ReLU(inplace=True)])
+def test_a_layer_that_draws_and_writes_in_place_does_both(layer: nn.Module) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+            self.out = nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = torch.log1p(x.abs()) - 0.5
+            self.layer(h)
+            return self.out(h * 2 + 1)
+
+    model = Model()
+    torch.manual_seed(5)
+    plain = [model(x).detach() for x in batches()]
+    staged, loader = torchstage.smart_stage(model, batches())
+    torch.manual_seed(5)
+    assert_same(plain, [staged(x).detach() for x in loader])
+    assert loader.stats.staged_steps == 6

@@ -74,12 +74,12 @@ def module_effect(module: nn.Module) -> Effect:
             return Effect(Kind.UNKNOWN, f"calls the {type(part).__name__} module as a whole")
         if isinstance(part, nn.LSTM):  # its oneDNN form differs in the last bit between grad modes
             return Effect(Kind.UNKNOWN, "computes other bits with grad mode off")
+        if getattr(part, "inplace", False):
+            return Effect(Kind.WRITES)
         if _draws(part):
             return Effect(Kind.RANDOM)
         if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.running_mean is not None:
             return Effect(Kind.UPDATES, "its running statistics")
-        if getattr(part, "inplace", False):
-            return Effect(Kind.WRITES)
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
             return Effect(Kind.UPDATES, "rows of its table are renormalised (max_norm)")
     return Effect(Kind.PURE)

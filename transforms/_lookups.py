@@ -166,6 +166,8 @@ def _unusual(weight: torch.Tensor) -> str | None:
     """Say why it cannot be told which rows of ``weight`` are written, or None."""
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.dim() != 2:
         return "it is no ordinary matrix"
+    if not weight.numel():
+        return "it is empty"
     if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
         return "it is part of a larger tensor, which may be written under another name"
     if weight.device.type != "cpu":

@@ -173,7 +173,9 @@ class Plan:
         )
         lines = [head]
         if self.why_empty():
-            return f"{head}\n  nothing is staged: {self.why_empty()}"
+            return "\n".join(
+                [f"{head}\n  nothing is staged: {self.why_empty()}", *[f"  table {t}" for t in self.tables]]
+            )
         if self.lifted:
             lines += ["  lifted:", *_grouped(self.lifted)]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]

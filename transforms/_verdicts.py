@@ -10,7 +10,7 @@ from torchstage import markers
 from torchstage._structure import memory_of
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
-from torchstage.transforms._lookups import Lookup
+from torchstage.transforms._lookups import Form, Lookup, find_lookup
 from torchstage.transforms._plan import Reason
 
 
@@ -78,7 +78,7 @@ class Judge:
                 return "its row numbers are state of the model"
             if not verdict.lifted:
                 cause = verdict.cause or source
-                return f"its row numbers {verdict.reason.value} (`{cause.name}`)"
+                return f"its row numbers come from an operation that {verdict.reason.value} (`{cause.name}`)"
             if self._roots[source] & self._dirty_before[node]:
                 return "the forward writes into its row numbers"
         if self._effects[node].kind is not Kind.PURE:
@@ -86,6 +86,9 @@ class Judge:
         return None
 
     def _roots_of(self, node: torch.fx.Node) -> int:
+        lookup = find_lookup(node, self.capture) if node.op.startswith("call_") else None
+        if isinstance(lookup, Lookup) and lookup.form is not Form.INDEX:  # weight[3] is a view; the others copy rows
+            return self._bit(node)
         roots = 0
         for source in node.all_input_nodes:
             roots |= self._roots[source]
