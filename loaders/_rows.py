@@ -36,6 +36,7 @@ class Rows:
         self._keys: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._bytes: Any = None
+        self._table: Any = None
         self._bags: Bags | None = None
         self._piece: torch.Tensor | None = None
         self._probed = (0, 0)
@@ -63,7 +64,7 @@ class Rows:
             self._piece = flat if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
         at = max(_without(len(keys), reading.suspects[number].at, reading.serial), 0)
         self._probed = at, int(keys[at])
-        self._bytes = _rows_as_bytes(rows)
+        self._bytes, self._table = _rows_as_bytes(rows), _rows_as_bytes(weight)
         self._reading, self._number, self._rows = reading, number, rows
 
     def _copy(self, weight: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class Rows:
             return None
         if isinstance(stale, str):
             return stale
-        return self._repair(_rows_as_bytes(weight.detach()), stale)
+        return self._repair(self._table, stale)  # the same memory still, or it would be stale as a whole
 
     def _unusual_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the call is left to torch, which may refuse it, or None."""
@@ -154,7 +155,7 @@ class Rows:
         records = torch.is_grad_enabled() and weight.requires_grad
         if records and self._piece is not None and reading is not None:
             self.site.table.used(reading, self._piece)
-        self._rows = self._reading = self._bytes = None
+        self._rows = self._reading = self._bytes = self._table = None
         self._spent = True
         if self._bags is not None:
             return self._use_bags(rows, self._bags, _sample_weights(lookup, args, kwargs))

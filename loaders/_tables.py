@@ -282,7 +282,8 @@ def memory_of_table(weight: torch.Tensor) -> object:
 
 
 def _is_alone(weight: torch.Tensor) -> bool:
-    return weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return whole and weight.is_contiguous() and not weight.is_shared()
 
 
-_NOT_ALONE = "the table is not contiguous, or part of a larger tensor, which may be written under another name"
+_NOT_ALONE = "the table is not contiguous, or its memory is that of others too, who may write it under another name"
