@@ -274,7 +274,7 @@ def memory_of_table(weight: torch.Tensor) -> object:
     # The weak reference keeps the address of memory that is gone from being given out again, to look like it.
     return (
         StorageWeakRef(weight.untyped_storage()),
-        weight.storage_offset(),
+        weight.data_ptr(),
         weight.shape,
         weight.dtype,
         weight.stride(),
