@@ -54,6 +54,7 @@ class GatheredRows(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, taken: Taken, lookup: Lookup) -> torch.Tensor:
+        ctx.set_materialize_grads(False)  # no gradient stays none, as for torch's own functions
         ctx.save_for_backward(ids)
         ctx.lookup, ctx.shape, ctx.options = lookup, weight.shape, (weight.dtype, weight.device)
         return taken.pop()
@@ -61,6 +62,8 @@ class GatheredRows(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (ids,), (grad,), lookup = ctx.saved_tensors, grads, ctx.lookup
+        if grad is None:
+            return None, None, None, None
         if lookup.form is Form.INDEX:
             dtype, device = ctx.options
             zeros = torch.zeros(ctx.shape, dtype=dtype, device=device)
@@ -97,18 +100,21 @@ class BagOfRows(Function):
         )
         if lookup.mode == 2 and largest.numel():  # the largest rows by their own numbers
             largest = bags.keys[largest.clamp_max(len(bags.keys) - 1)].to(largest.dtype)
+        ctx.set_materialize_grads(False)
         kept_rows = rows if sample_weights is not None and sample_weights.requires_grad else None
-        ctx.save_for_backward(
-            bags.ids, bags.offsets, bags.places, sample_weights, offset2bag, bag_size, largest, kept_rows
-        )
+        saved = bags.ids, bags.offsets, bags.places, sample_weights, offset2bag, bag_size, largest, kept_rows
+        # The plain lookup reads the table in the backward for the samples' weights, and raises if it was written since.
+        ctx.save_for_backward(*saved, None if kept_rows is None else weight)
         ctx.lookup, ctx.count, ctx.padding = lookup, weight.shape[0], bags.padding
         return result  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ids, offsets, places, sample_weights, offset2bag, bag_size, largest, rows = ctx.saved_tensors
+        ids, offsets, places, sample_weights, offset2bag, bag_size, largest, rows, _ = ctx.saved_tensors
         (grad,), lookup = grads, ctx.lookup
         of_weight = of_samples = None
+        if grad is None:
+            return None, None, None, None, None
         if ctx.needs_input_grad[0]:
             of_weight = aten._embedding_bag_backward(
                 grad,

@@ -4,6 +4,7 @@ No optimizer is patched: the hooks are torch's own (`torch.optim.optimizer.regis
 there is a table to watch.
 """
 
+import os
 import threading
 import weakref
 from typing import Any
@@ -51,14 +52,16 @@ def _table(weight: torch.Tensor) -> Table | None:
     return table if table is not None and table.owns(weight) else None
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             table = _table(weight)
             if table is not None:
-                table.before_step()
+                table.before_step(_hooked(optimizer))
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     closure = any(argument is not None for argument in [*args[1:], *kwargs.values()])
     for group in optimizer.param_groups:
@@ -89,8 +92,40 @@ def why_all_rows(optimizer: Optimizer, group: dict[str, Any], weight: torch.Tens
             return f"{kind} with {name}"
     if closure:
         return f"{kind} with a closure"
+    table = _table(weight)
+    if _hooked(optimizer) or (table is not None and table.hooked):  # one may have removed itself
+        return f"{kind} with step hooks"
+    if not _is_torchs(type(optimizer).step):
+        return f"{kind} with a step that is not torch's"
+    return None
+
+
+def _hooked(optimizer: Optimizer) -> bool:
+    """Whether a step of ``optimizer`` runs hooks besides ours."""
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     everyones = len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
-    if hooks + everyones > len(_handles):
-        return f"{kind} with step hooks"
-    return None
+    return hooks + everyones > len(_handles)
+
+
+def _is_torchs(step: Any) -> bool:
+    """Whether ``step`` is what torch defines, under torch's own wrappers."""
+    home = os.path.dirname(torch.__file__) + os.sep
+    while step is not None:
+        if not step.__code__.co_filename.startswith(home):
+            return False
+        step = getattr(step, "__wrapped__", None)
+    return True
+
+
+def _renew_locks() -> None:
+    """In a forked child: threads of the parent that may have held the locks are not there."""
+    global _lock  # noqa: PLW0603 - a lock cannot be renewed in its place
+    _lock = threading.RLock()
+    for known in list(_tables.values()):
+        table = known()
+        if table is not None:
+            table.renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -61,7 +61,7 @@ class Rows:
             return
         if lookup.sparse:  # the row numbers of the sparse gradient that this lookup will have
             flat = self.ids.reshape(-1)
-            self._piece = flat if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
+            self._piece = flat.clone() if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
         at = max(_without(len(keys), reading.suspects[number].at, reading.serial), 0)
         self._probed = at, int(keys[at])
         self._bytes, self._table = _rows_as_bytes(rows), _rows_as_bytes(weight)
@@ -130,11 +130,15 @@ class Rows:
     def _repair(self, table: Any, stale: Positions | None) -> str | None:
         """Read again the rows that may have been written, as whole rows of bytes: that is faster than torch's ways."""
         if self._probe(table, stale):
-            self.site.table.doubt(_UNSEEN)
-            return _UNSEEN
+            return self.site.table.doubt(whole=True)
         if stale is not None and len(stale.at):
             self._bytes[stale.at.numpy()] = table[stale.keys.numpy()]
             self.site.figures.repaired += len(stale.at)
+        # Somebody who writes single rows without a trace is likely to do so from the start.
+        if self.site.figures.used < _ALL_ROWS or self.site.figures.used % _ALL_ROWS_EVERY == 0:
+            assert self._keys is not None
+            if self._bytes.tobytes() != table[self._keys.numpy()].tobytes():
+                return self.site.table.doubt(whole=False)
         return None
 
     def _probe(self, table: Any, stale: Positions | None) -> bool:
@@ -210,7 +214,11 @@ def gather(
                 rows.why = "row numbers out of range"
             continue
         for number, (rows, keys, bags) in enumerate(members):
-            rows.fill(reading, number, keys, bags)
+            try:
+                rows.fill(reading, number, keys, bags)
+            except (IndexError, RuntimeError):  # the plain lookup raises it, or does not
+                rows.why = "the gather raised"
+                continue
             now = time.perf_counter()
             _count(rows.site, keys, rows.ids, now - started)
             started = now
@@ -228,12 +236,15 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
         flat = torch.where(flat < 0, flat + len(lookup.weight), flat)
     if lookup.form is not Form.BAG:
         return flat, None
+    if lookup.mode == 2 and (lookup.sparse or lookup.scale):
+        return "torch refuses such bags"
     if ids.dim() == 2 and offsets is None:
         offsets = torch.arange(0, ids.numel(), ids.shape[1], dtype=ids.dtype)
     elif ids.dim() != 1:
         offsets = None
     if type(offsets) is not torch.Tensor or offsets.dim() != 1:
         return "the bags are of another form"
+    flat, offsets = flat.contiguous(), offsets.contiguous()  # as torch does
     # Each row once, which pays for a bag on both threads: sorted rows are gathered faster than the sort takes, and the
     # step's sums read few rows, from the cache. For single rows it does not: the step would have to spread them.
     keys, places = torch.unique(flat, return_inverse=True)
@@ -280,5 +291,6 @@ def _rows_as_bytes(rows: torch.Tensor) -> Any:
 
 
 _SPENT = "rows used by an earlier call"
-_UNSEEN = "table written through .data"
+_ALL_ROWS = 4
+_ALL_ROWS_EVERY = 256
 _UNIQUE_EVERY = 64

@@ -64,19 +64,14 @@ class Reading:
 
 
 class _Piece(NamedTuple):
-    """The row numbers, int [N], of one lookup that a forward used, and their version then."""
+    """The row numbers, int [N], of one lookup that a forward used: a copy, since the gradient may share their memory."""
 
     serial: int
     rows: torch.Tensor
-    version: int
 
     def is_in(self, rows: torch.Tensor) -> bool:
-        """Whether ``rows`` are these row numbers, as they were: the gradient may share their memory, written or not."""
-        own = self.rows
-        if len(rows) != len(own) or not len(own) or own._version != self.version:
-            return False
-        same_memory = rows.data_ptr() == own.data_ptr() and rows.dtype == own.dtype and rows.stride() == own.stride()
-        return same_memory or torch.equal(rows, own.to(rows.dtype))
+        """Whether ``rows`` are these."""
+        return len(rows) == len(self.rows) > 0 and torch.equal(rows, self.rows.to(rows.dtype))
 
 
 class Table:
@@ -96,6 +91,9 @@ class Table:
         self._memory = memory_of_table(weight)
         self._alone = _is_alone(weight)
         self._version = weight._version
+        self.hooked = False
+        self._distrusted = False
+        self._unsure = False  # a stage saw a write that the step has not seen yet: it may still be going on
         self._serial = 0
         self._clock = 0
         self._all_at = 0  # the clock of the last write of all rows
@@ -118,8 +116,8 @@ class Table:
     @property
     def why_whole(self) -> str | None:
         """Say why the next write is likely to be of all rows: the last one was, or none would be noticed. None if not."""
-        if not self._alone:
-            return _NOT_ALONE
+        if not self._alone or self._distrusted:
+            return _UNSEEN if self._alone else _NOT_ALONE
         return self._why_all if 0 < self._clock == self._all_at else None
 
     def read(self, keys: Sequence[torch.Tensor]) -> Reading:
@@ -135,11 +133,14 @@ class Table:
         assert weight is not None
         with self._order:
             with self._lock:
+                clock = self._clock
                 self._look_at(weight, versions=not self._stepping)
+                self._unsure |= clock != self._clock
                 unfinished = [*self._open.keys(), *[piece.serial for piece in self._pieces]]
                 self._serial += 1
                 floor = min(unfinished, default=self._serial)
-                reading = Reading(self._clock, self._serial, self._memory)
+                clock = self._all_at - 1 if self._unsure else self._clock
+                reading = Reading(clock, self._serial, self._memory)
                 self._open[self._serial] = reading
             seen = self._seen
             reading.suspects = [Positions.where(seen.index_select(0, part) >= floor, part) for part in keys]
@@ -150,7 +151,7 @@ class Table:
     def used(self, reading: Reading, rows: torch.Tensor) -> None:
         """Note that a forward that records gradients used the lookup ``rows``, int [N], of a reading."""
         with self._lock:
-            self._pieces.append(_Piece(reading.serial, rows, rows._version))
+            self._pieces.append(_Piece(reading.serial, rows))
 
     def stale_rows(
         self, weight: torch.Tensor, reading: Reading, number: int, keys: torch.Tensor
@@ -158,14 +159,15 @@ class Table:
         """Say which rows of gather ``number`` of a reading may have been written: None, some, or why all of them."""
         with self._lock:
             self._look_at(weight)
+            self._unsure = False
             if self._memory != reading.memory:
                 return "table replaced"
-            if not self._alone:
-                return _NOT_ALONE
+            if not self._alone or self._distrusted:
+                return _UNSEEN if self._alone else _NOT_ALONE
             if self._clock == reading.clock:
                 return None
             if self._all_at > reading.clock:
-                return self._why_all
+                return self._why_all or "written by the step of its own batch"
             suspects = reading.suspects[number]
             if self._searched_at > reading.clock or self._applied > reading.serial:
                 chosen = self._seen.index_select(0, keys) > reading.serial
@@ -176,13 +178,29 @@ class Table:
         """Return how many writes were noted since a reading."""
         return self._clock - reading.clock
 
-    def doubt(self, why: str) -> None:
-        """Count a write of all rows that left no trace."""
-        with self._lock:
-            self._wrote_all(why)
+    def doubt(self, whole: bool) -> str:
+        """Count a write that left no trace; return what to call it.
 
-    def before_step(self) -> None:
-        """Note that a tracked optimizer step begins: what was written until now was written by somebody else."""
+        Args:
+            whole: whether any row shows it. If not, somebody writes single rows, which would not be found the next time:
+                from then on the table is looked up in the step.
+        """
+        with self._lock:
+            self._distrusted |= not whole
+            self._wrote_all(_UNSEEN)
+        return _UNSEEN
+
+    def renew_locks(self) -> None:
+        """Make locks that nobody holds, in a forked child."""
+        self._order, self._lock = threading.Lock(), threading.Lock()
+
+    def before_step(self, hooked: bool = False) -> None:
+        """Note that a tracked optimizer step begins: what was written until now was written by somebody else.
+
+        Args:
+            hooked: whether the step runs hooks of the user's.
+        """
+        self.hooked = hooked
         weight = self._weight()
         if weight is not None:
             with self._lock:
@@ -244,6 +262,10 @@ class Table:
         if serials:
             self._clock += 1
             self._applied = max(self._applied, *serials)
+            for serial in serials:
+                half_used = self._open.get(serial)
+                if half_used is not None:  # its other lookups: their rows are no suspects of their own reading
+                    half_used.clock = -1
         return bool(serials)
 
     def _wrote_unknown_rows(self, rows: torch.Tensor) -> None:
@@ -286,4 +308,5 @@ def _is_alone(weight: torch.Tensor) -> bool:
     return whole and weight.is_contiguous() and not weight.is_shared()
 
 
+_UNSEEN = "table written through .data or in another way that leaves no trace"
 _NOT_ALONE = "the table is not contiguous, or its memory is that of others too, who may write it under another name"

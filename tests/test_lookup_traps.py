@@ -1197,3 +1197,50 @@ def test_a_write_while_rows_are_gathered(monkeypatch: pytest.MonkeyPatch, where:
     net, loader = torchstage.smart_stage(model(), data(), lookups="exact")
     assert_equal(plain, job(net, loader, gate))
     assert used(loader) > 0
+
+
+def test_single_rows_that_are_written_through_data_at_every_step() -> None:
+    """As a loop does that keeps a row of padding at zero, or scales the rows that it has just seen."""
+
+    def between(step: int, net: Any) -> None:
+        net.e.weight.data[(7 * step) % ROWS].mul_(0.5)
+        net.e.weight.data[:: 2 + step % 3].mul_(0.9)
+
+    loader = check(model(), written(between), quiet=True)
+    assert any("leaves no trace" in why for why in kept(loader))
+
+
+def test_no_gradient_of_a_lookup_stays_none() -> None:
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return None
+
+    def job(net: Any, loader: Any) -> Seen:
+        seen: Seen = []
+        for batch in loader:
+            output = net(*batch)
+            (Nothing.apply(output).sum() + net.out.bias.sum()).backward()
+            seen.append(("table", net.e.weight.grad is None))
+        return seen
+
+    loader = check(model(lambda self, b: self.e(b.ids)), job)
+    assert used(loader) > 0
+
+
+def test_an_optimizer_whose_step_was_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_step = SGD.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        result = plain_step(self, closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].mul_(0.99)
+        return result
+
+    step.hooked = True
+    monkeypatch.setattr(SGD, "step", step)
+    check(model(), quiet=True)

@@ -118,7 +118,7 @@ def test_1_staleness_counts_the_writes_since() -> None:
     for count in range(3):
         assert table.staleness(lookup.reading) == count
         step(table, weight, ids(7))
-    table.doubt("for a test")
+    table.doubt(whole=True)
     assert table.staleness(lookup.reading) == 4
     assert table.clock == 4
 
@@ -178,6 +178,8 @@ def test_2_a_write_before_the_reading_is_in_the_rows() -> None:
     table = Table(weight)
     with torch.no_grad():
         weight.mul_(2)
+    unsure = Lookup(table, weight, ids(1, 2))
+    assert isinstance(unsure.stale(), str)  # for all that a reader knows the write may still have been going on
     lookup = Lookup(table, weight, ids(1, 2))
     assert lookup.stale() is None
     lookup.use()
@@ -348,13 +350,20 @@ def test_4_a_gradient_that_is_not_applied_keeps_its_piece() -> None:
 def test_4_row_numbers_that_were_written_since_are_proof_of_nothing() -> None:
     weight = weight_of()
     table = Table(weight)
-    keys = ids(1, 2)
-    Lookup(table, weight, keys).use()
+    Lookup(table, weight, ids(1, 2)).use()
     late = Lookup(table, weight, ids(1, 7))
-    keys[0] = 7  # in the gradient too, which is of the same memory
-    step(table, weight, keys)
+    step(table, weight, ids(7, 2))  # the row numbers of the batch were written, and so those of its gradient
     assert 1 in (late.stale() or ())
     late.use()
+
+
+def test_4_a_reading_of_which_one_lookup_was_stepped_on_is_stale_as_a_whole() -> None:
+    weight = weight_of()
+    table = Table(weight)
+    reading = table.read([ids(1, 2), ids(1, 3)])
+    table.used(reading, ids(1, 2))
+    step(table, weight, ids(1, 2))
+    assert table.stale_rows(weight, reading, 1, ids(1, 3)) == "written by the step of its own batch"
 
 
 def test_4_an_empty_gradient_writes_nothing() -> None:
@@ -406,7 +415,7 @@ def test_5_an_edit_in_place_writes_all(when: str) -> None:
     if when == "before a step":
         step(table, weight, first.keys)
     if when == "between readings":
-        assert Lookup(table, weight, ids(2)).stale() is None
+        assert isinstance(Lookup(table, weight, ids(2)).stale(), str)
     assert lookup.stale() == "table written outside the optimizer's step"
 
 
@@ -443,9 +452,12 @@ def test_5_a_doubt_is_a_write_of_all() -> None:
     weight = weight_of()
     table = Table(weight)
     lookup = Lookup(table, weight, ids(1))
-    table.doubt("seen to differ")
-    assert lookup.stale() == "seen to differ"
+    why = table.doubt(whole=True)
+    assert lookup.stale() == why
     assert Lookup(table, weight, ids(1)).stale() is None
+    table.doubt(whole=False)  # single rows: others may be written the next time
+    assert Lookup(table, weight, ids(1)).stale() == why
+    assert table.why_whole == why
 
 
 # ---------------------------------------------------------------- 6: bounds
