@@ -10,6 +10,7 @@ import collections
 import copy
 import functools
 import inspect
+import operator
 import types
 import warnings
 import weakref
@@ -35,8 +36,8 @@ class StagedModel:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the derived class out of registries that the user's base classes keep of their subclasses."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return unwrap(self).__reduce_ex__(protocol)
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return operator.getitem, ((unwrap(self),), 0)  # needs no torchstage where it is loaded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(unwrap(self), memo)

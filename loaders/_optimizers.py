@@ -1,7 +1,7 @@
 """Which rows of a table an optimizer's step writes, learnt from torch's global hooks on all optimizers.
 
-No optimizer is patched: the hooks are torch's own (`torch.optim.optimizer.register_optimizer_step_post_hook`), set while
-there is a table to watch.
+No optimizer is patched: the hooks are torch's own (`torch.optim.optimizer.register_optimizer_step_post_hook`), set with the
+first table to watch. They stay, since they cannot be removed safely: a table may die while torch runs them.
 """
 
 import os
@@ -41,9 +41,6 @@ def _forget(key: int) -> None:
         known = _tables.get(key)
         if known is not None and known() is None:
             del _tables[key]
-        if not _tables:
-            while _handles:
-                _handles.pop().remove()
 
 
 def _table(weight: torch.Tensor) -> Table | None:

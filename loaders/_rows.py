@@ -40,6 +40,7 @@ class Rows:
         self._bags: Bags | None = None
         self._piece: torch.Tensor | None = None
         self._probed = (0, 0)
+        self._checked = slice(0, 0)
         self._spent = False
 
     @property
@@ -64,7 +65,9 @@ class Rows:
             self._piece = flat.clone() if lookup.padding_idx < 0 else flat[flat != lookup.padding_idx]
         at = max(_without(len(keys), reading.suspects[number].at, reading.serial), 0)
         self._probed = at, int(keys[at])
-        self._bytes, self._table = _rows_as_bytes(rows), _rows_as_bytes(weight)
+        step = max(len(keys) // _SOME_ROWS, 1)
+        self._checked = slice(reading.serial % step, None, step)
+        self._bytes, self._table = _rows_as_bytes(rows, own=True), _rows_as_bytes(weight, own=False)
         self._reading, self._number, self._rows = reading, number, rows
 
     def _copy(self, weight: torch.Tensor) -> torch.Tensor:
@@ -134,11 +137,13 @@ class Rows:
         if stale is not None and len(stale.at):
             self._bytes[stale.at.numpy()] = table[stale.keys.numpy()]
             self.site.figures.repaired += len(stale.at)
-        # Somebody who writes single rows without a trace is likely to do so from the start.
-        if self.site.figures.used < _ALL_ROWS or self.site.figures.used % _ALL_ROWS_EVERY == 0:
-            assert self._keys is not None
-            if self._bytes.tobytes() != table[self._keys.numpy()].tobytes():
-                return self.site.table.doubt(whole=False)
+        # Somebody who writes single rows without a trace is likely to do so from the start and again and again.
+        used = self.site.figures.used
+        often = used < _ALL_ROWS or (used % _OFTEN if used < _OFTEN * 10 else used % _SELDOM) == 0
+        checked = slice(None) if often else self._checked
+        assert self._keys is not None
+        if self._bytes[checked].tobytes() != table[self._keys[checked].numpy()].tobytes():
+            return self.site.table.doubt(whole=False)
         return None
 
     def _probe(self, table: Any, stale: Positions | None) -> bool:
@@ -284,13 +289,17 @@ def _without(count: int, some: torch.Tensor, start: int) -> int:
     return int(others[start % len(others)]) if len(others) else -1
 
 
-def _rows_as_bytes(rows: torch.Tensor) -> Any:
+def _rows_as_bytes(rows: torch.Tensor, own: bool) -> Any:
     """Return the rows of a contiguous CPU tensor [..., columns] as a NumPy array whose elements are whole rows."""
-    columns = rows.view(-1, rows.shape[-1]).view(torch.uint8).numpy()
-    return columns.view(np.dtype((np.void, columns.shape[1]))).reshape(-1)
+    columns = rows.shape[-1]
+    memory = rows.as_strided((rows.numel() // columns, columns), (columns, 1)).view(torch.uint8)
+    # A table's memory must stay resizable, which `numpy()` ends; an array from DLPack may not be writable.
+    array = memory.numpy() if own else np.from_dlpack(memory)
+    return array.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
 
 
 _SPENT = "rows used by an earlier call"
-_ALL_ROWS = 4
-_ALL_ROWS_EVERY = 256
+# How many rows are compared with the table: all, in the first lookups, then in one of 7 and at last of 127, which have no
+# common rhythm with a loop; else a few.
+_ALL_ROWS, _OFTEN, _SELDOM, _SOME_ROWS = 4, 7, 127, 16
 _UNIQUE_EVERY = 64

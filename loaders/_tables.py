@@ -31,6 +31,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _MOST_PIECES = 64
+_MOST_OPEN = 256
+_MOST_DOUBTS = 3
 
 
 class Positions(NamedTuple):
@@ -78,20 +80,22 @@ class Table:
     """The journal of one parameter. All methods may be called by any thread.
 
     Args:
-        weight: the parameter, [rows, columns]. Held weakly.
+        weight: the parameter, [rows, columns].
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weakref.ref(weight)
+        self._weight = weight
         # Two locks, so that the step never waits for a stage that searches. ``_order`` is taken first: who reads or stamps
         # ``_seen`` does it alone, or a reader would overwrite a stamp that it must find later. ``_lock`` is for the rest.
-        self._order = threading.Lock()
-        self._lock = threading.Lock()
+        # Both may be taken again by the thread that has them: a signal handler may run a step.
+        self._order = threading.RLock()
+        self._lock = threading.RLock()
         self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self._memory = memory_of_table(weight)
         self._alone = _is_alone(weight)
         self._version = weight._version
         self.hooked = False
+        self._doubts = 0
         self._distrusted = False
         self._unsure = False  # a stage saw a write that the step has not seen yet: it may still be going on
         self._serial = 0
@@ -106,7 +110,7 @@ class Table:
 
     def owns(self, weight: torch.Tensor) -> bool:
         """Whether this is the journal of ``weight``."""
-        return self._weight() is weight
+        return self._weight is weight
 
     @property
     def clock(self) -> int:
@@ -129,13 +133,16 @@ class Table:
         Raises:
             IndexError: a row number is out of range.
         """
-        weight = self._weight()
-        assert weight is not None
+        weight = self._weight
         with self._order:
             with self._lock:
                 clock = self._clock
                 self._look_at(weight, versions=not self._stepping)
                 self._unsure |= clock != self._clock
+                for serial, old in list(self._open.items()):
+                    if serial < self._serial - _MOST_OPEN:  # a batch that is kept must not make suspects of all rows
+                        old.clock = -1
+                        self._open.pop(serial, None)
                 unfinished = [*self._open.keys(), *[piece.serial for piece in self._pieces]]
                 self._serial += 1
                 floor = min(unfinished, default=self._serial)
@@ -167,7 +174,7 @@ class Table:
             if self._clock == reading.clock:
                 return None
             if self._all_at > reading.clock:
-                return self._why_all or "written by the step of its own batch"
+                return self._why_all or "kept for too long, or written by the step of its own batch"
             suspects = reading.suspects[number]
             if self._searched_at > reading.clock or self._applied > reading.serial:
                 chosen = self._seen.index_select(0, keys) > reading.serial
@@ -186,13 +193,14 @@ class Table:
                 from then on the table is looked up in the step.
         """
         with self._lock:
-            self._distrusted |= not whole
+            self._doubts += 1
+            self._distrusted |= not whole or self._doubts > _MOST_DOUBTS
             self._wrote_all(_UNSEEN)
         return _UNSEEN
 
     def renew_locks(self) -> None:
         """Make locks that nobody holds, in a forked child."""
-        self._order, self._lock = threading.Lock(), threading.Lock()
+        self._order, self._lock = threading.RLock(), threading.RLock()
 
     def before_step(self, hooked: bool = False) -> None:
         """Note that a tracked optimizer step begins: what was written until now was written by somebody else.
@@ -201,12 +209,10 @@ class Table:
             hooked: whether the step runs hooks of the user's.
         """
         self.hooked = hooked
-        weight = self._weight()
-        if weight is not None:
-            with self._lock:
-                if self._open:  # else nobody cares
-                    self._look_at(weight)
-                self._stepping = True
+        with self._lock:
+            if self._open:  # else nobody cares
+                self._look_at(self._weight)
+            self._stepping = True
 
     def after_step(self, grad: torch.Tensor | None, why_all: str | None) -> None:
         """Note that a tracked optimizer step is done.
@@ -215,18 +221,14 @@ class Table:
             grad: the gradient that it applied.
             why_all: why it may have written other rows than the gradient's; None if it has not.
         """
-        weight = self._weight()
-        if weight is None:
-            return
+        weight = self._weight
         with self._lock:
-            self._stepping = False
             unknown = None
-            moved = weight._version != self._version
-            self._version = weight._version
+            version = weight._version
             if why_all is not None:
                 self._wrote_all(why_all)
             elif grad is None:
-                if moved:
+                if version != self._version:
                     self._wrote_all("written without a gradient")
             elif not self._open:
                 self._clock += 1
@@ -236,18 +238,21 @@ class Table:
         if unknown is not None:
             with self._order, self._lock:
                 self._wrote_unknown_rows(unknown)
+        with self._lock:  # last: an interrupt before leaves a write that nobody is known to have made
+            self._version = version
+            self._stepping = False
 
     def _look_at(self, weight: torch.Tensor, versions: bool = True) -> None:
         memory = memory_of_table(weight)
         if memory != self._memory:
-            self._memory = memory
-            self._alone = _is_alone(weight)
-            self._version = weight._version
+            version = weight._version
             self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
             self._wrote_all("table replaced")
+            self._memory, self._alone, self._version = memory, _is_alone(weight), version
         elif versions and weight._version != self._version:
-            self._version = weight._version
+            version = weight._version
             self._wrote_all("table written outside the optimizer's step")
+            self._version = version
 
     def _wrote_all(self, why: str) -> None:
         self._clock += 1

@@ -1244,3 +1244,15 @@ def test_an_optimizer_whose_step_was_patched(monkeypatch: pytest.MonkeyPatch) ->
     step.hooked = True
     monkeypatch.setattr(SGD, "step", step)
     check(model(), quiet=True)
+
+
+def test_bags_of_a_column_of_a_matrix() -> None:
+    """Torch makes such row numbers contiguous before it sums, and its backward asks for that."""
+    look = lambda self, b: F.embedding_bag(b.bags[:, 1], self.e.weight, torch.arange(0, len(b.bags), 2), sparse=True)  # noqa: E731
+    loader = check(model(look))
+    assert used(loader) > 0
+
+
+def test_a_padding_row_that_counts_from_the_end_is_none_to_torch_embedding() -> None:
+    loader = check(model(lambda self, b: torch.embedding(self.e.weight, b.ids, -2, False, True)))
+    assert used(loader) > 0

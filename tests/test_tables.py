@@ -4,7 +4,6 @@ import gc
 import random
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -363,7 +362,9 @@ def test_4_a_reading_of_which_one_lookup_was_stepped_on_is_stale_as_a_whole() ->
     reading = table.read([ids(1, 2), ids(1, 3)])
     table.used(reading, ids(1, 2))
     step(table, weight, ids(1, 2))
-    assert table.stale_rows(weight, reading, 1, ids(1, 3)) == "written by the step of its own batch"
+    assert (
+        table.stale_rows(weight, reading, 1, ids(1, 3)) == "kept for too long, or written by the step of its own batch"
+    )
 
 
 def test_4_an_empty_gradient_writes_nothing() -> None:
@@ -490,17 +491,6 @@ def test_6_readings_and_row_numbers_are_not_kept() -> None:
     assert keys() is None
 
 
-def test_6_the_weight_is_not_kept() -> None:
-    weight = weight_of()
-    table = Table(weight)
-    reference = weakref.ref(weight)
-    del weight
-    gc.collect()
-    assert reference() is None
-    table.before_step()
-    table.after_step(None, None)
-
-
 # ---------------------------------------------------------------- random histories
 
 
@@ -591,34 +581,20 @@ def test_random_histories_never_leave_a_row_that_differs_from_the_table() -> Non
 # ---------------------------------------------------------------- which optimizers are row-local
 
 
-@pytest.fixture
-def _no_hooks_left() -> Iterator[None]:
-    yield
-    gc.collect()
-    assert not torch_optimizer._global_optimizer_post_hooks
-    assert not torch_optimizer._global_optimizer_pre_hooks
-
-
-@pytest.mark.usefixtures("_no_hooks_left")
-def test_hooks_on_all_optimizers_are_set_while_a_table_lives() -> None:
-    gc.collect()
+def test_hooks_on_all_optimizers_are_set_once_and_tables_are_not_kept() -> None:
     post, pre = torch_optimizer._global_optimizer_post_hooks, torch_optimizer._global_optimizer_pre_hooks
-    assert (len(post), len(pre)) == (0, 0)
     weight, other = weight_of(), weight_of()
     first = table_of(weight)
-    assert (len(post), len(pre)) == (1, 1)
     second = table_of(other)
     assert table_of(weight) is first
     assert (len(post), len(pre)) == (1, 1)
-    del first
+    gone = [weakref.ref(first), weakref.ref(second)]
+    del first, second
     gc.collect()
-    assert (len(post), len(pre)) == (1, 1)
-    del second
-    gc.collect()
-    assert (len(post), len(pre)) == (0, 0)
+    assert [reference() for reference in gone] == [None, None]
+    assert (len(post), len(pre)) == (1, 1)  # removing them might be while torch runs them
 
 
-@pytest.mark.usefixtures("_no_hooks_left")
 def test_a_new_parameter_at_the_address_of_one_that_is_gone_has_a_new_table() -> None:
     weight = weight_of()
     table = table_of(weight)
@@ -659,7 +635,6 @@ KNOWN: dict[str, tuple[Any, bool, str | None]] = {
 }
 
 
-@pytest.mark.usefixtures("_no_hooks_left")
 @pytest.mark.parametrize("name", KNOWN)
 def test_which_steps_are_row_local(name: str) -> None:
     make, sparse, why = KNOWN[name]
@@ -677,7 +652,6 @@ def test_weight_decay_is_not_row_local() -> None:
     assert why_all_rows(optimizer, optimizer.param_groups[0], weight, closure=False) == "SGD with weight_decay"
 
 
-@pytest.mark.usefixtures("_no_hooks_left")
 def test_a_closure_and_step_hooks_may_write_anything() -> None:
     weight = weight_of()
     table = table_of(weight)
@@ -702,7 +676,6 @@ def test_a_closure_and_step_hooks_may_write_anything() -> None:
     assert step_of(optimizer, table) is None
 
 
-@pytest.mark.usefixtures("_no_hooks_left")
 def test_an_optimizer_without_the_table_tells_nothing() -> None:
     weight, other = weight_of(), weight_of()
     table = table_of(weight)

@@ -6,6 +6,8 @@ Most are not staged as a whole, or fall back; what counts is that no step is sil
 import collections
 import copy
 import functools
+import pathlib
+import pickle
 import threading
 import types
 import warnings
@@ -445,3 +447,12 @@ def test_a_layer_that_draws_and_writes_in_place_does_both(layer: nn.Module) -> N
     torch.manual_seed(5)
     assert_same(plain, [staged(x).detach() for x in loader])
     assert loader.stats.staged_steps == 6
+
+
+def test_a_saved_staged_model_is_the_plain_one(tmp_path: pathlib.Path) -> None:
+    model = nn.Linear(3, 1)
+    staged, _ = torchstage.smart_stage(model, [torch.ones(2, 3)])
+    torch.save(staged, tmp_path / "model.pt")
+    for loaded in (torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(staged))):
+        assert type(loaded) is nn.Linear
+        assert torch.equal(loaded.weight, model.weight)

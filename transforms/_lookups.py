@@ -118,8 +118,8 @@ def _read(node: torch.fx.Node, capture: Capture) -> _Call | None:
         return None
     if form is Form.INDEX and not isinstance(arguments["ids"], torch.fx.Node):
         return None  # weight[3] or weight[:, 0] is a view
-    if node.target is torch.embedding and arguments.get("padding_idx") == -1:
-        del arguments["padding_idx"]
+    if node.target is torch.embedding and (arguments.get("padding_idx") or 0) < 0:
+        del arguments["padding_idx"]  # this one does not count from the end
     return form, str(weight.target), tensor, arguments, None
 
 
