@@ -1248,7 +1248,10 @@ def test_an_optimizer_whose_step_was_patched(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bags_of_a_column_of_a_matrix() -> None:
     """Torch makes such row numbers contiguous before it sums, and its backward asks for that."""
-    look = lambda self, b: F.embedding_bag(b.bags[:, 1], self.e.weight, torch.arange(0, len(b.bags), 2), sparse=True)  # noqa: E731
+
+    def look(self: Any, b: Batch) -> Any:
+        return F.embedding_bag(b.bags[:, 1], self.e.weight, torch.arange(0, b.bags.shape[0], 2), sparse=True)
+
     loader = check(model(look))
     assert used(loader) > 0
 
