@@ -16,7 +16,7 @@ Contract (tests/test_tables.py has a test per number).
     rows, a coalesced gradient, a lookup elsewhere) the written rows are stamped with a new serial, and all readings that
     were taken before search for them.
  5. Doubt. Any other write, a tracked step that is not row-local or a version of the tensor that moved by itself, counts as
-    a write of all rows. So does replaced memory. One row of each gather is compared with the table all the same
+    a write of all rows. So does replaced memory. Some rows of each gather are compared with the table all the same
     (`torchstage.loaders._rows`), for writes through ``.data``, which leave no trace.
  6. Bounds. One int32 per row, and as many pieces of row numbers as lookups since the last step, at most 64.
 """
