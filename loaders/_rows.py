@@ -67,7 +67,7 @@ class Rows:
         self._probed = at, int(keys[at])
         step = max(len(keys) // _SOME_ROWS, 1)
         self._checked = slice(reading.serial % step, None, step)
-        self._bytes, self._table = _rows_as_bytes(rows, own=True), _rows_as_bytes(weight, own=False)
+        self._bytes, self._table = _rows_as_bytes(rows), _rows_as_bytes(weight)
         self._reading, self._number, self._rows = reading, number, rows
 
     def _copy(self, weight: torch.Tensor) -> torch.Tensor:
@@ -289,13 +289,11 @@ def _without(count: int, some: torch.Tensor, start: int) -> int:
     return int(others[start % len(others)]) if len(others) else -1
 
 
-def _rows_as_bytes(rows: torch.Tensor, own: bool) -> Any:
+def _rows_as_bytes(rows: torch.Tensor) -> Any:
     """Return the rows of a contiguous CPU tensor [..., columns] as a NumPy array whose elements are whole rows."""
     columns = rows.shape[-1]
     memory = rows.as_strided((rows.numel() // columns, columns), (columns, 1)).view(torch.uint8)
-    # A table's memory must stay resizable, which `numpy()` ends; an array from DLPack may not be writable.
-    array = memory.numpy() if own else np.from_dlpack(memory)
-    return array.view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
+    return memory.numpy().view(np.dtype((np.void, memory.shape[1]))).reshape(-1)
 
 
 _SPENT = "rows used by an earlier call"
