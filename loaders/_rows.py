@@ -118,7 +118,7 @@ class Rows:
             return None
         if isinstance(stale, str):
             return stale
-        return self._repair(self._table, stale)  # the same memory still, or it would be stale as a whole
+        return self._repair(stale)  # the same memory still, or it would be stale as a whole
 
     def _unusual_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Say why the call is left to torch, which may refuse it, or None."""
@@ -130,9 +130,10 @@ class Rows:
             return "the sample weights are of another form"
         return None
 
-    def _repair(self, table: Any, stale: Positions | None) -> str | None:
+    def _repair(self, stale: Positions | None) -> str | None:
         """Read again the rows that may have been written, as whole rows of bytes: that is faster than torch's ways."""
-        if self._probe(table, stale):
+        table = self._table
+        if self._probe(stale):
             return self.site.table.doubt(whole=True)
         if stale is not None and len(stale.at):
             self._bytes[stale.at.numpy()] = table[stale.keys.numpy()]
@@ -146,10 +147,10 @@ class Rows:
             return self.site.table.doubt(whole=False)
         return None
 
-    def _probe(self, table: Any, stale: Positions | None) -> bool:
+    def _probe(self, stale: Positions | None) -> bool:
         """Whether a row that nobody is known to have written differs: a write through ``.data`` leaves no other trace."""
         assert self._keys is not None
-        at, key = self._probed
+        (at, key), table = self._probed, self._table
         if self._bytes[at].tobytes() == table[key].tobytes():
             return False
         if stale is None or not (stale.at == at).any():
@@ -255,9 +256,8 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
     keys, places = torch.unique(flat, return_inverse=True)
     places = places.to(flat.dtype)
     padding = -1
-    if (
-        lookup.padding_idx >= 0
-    ):  # a row of its own stands for the padding, so that its kernel is used although none may occur
+    if lookup.padding_idx >= 0:
+        # A row of its own stands for the padding, so that its kernel is used although none may occur.
         padding = len(keys)
         keys = torch.cat([keys, flat.new_tensor([lookup.padding_idx])])
         places = torch.where(flat == lookup.padding_idx, padding, places)

@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from torchstage.transforms._lookups import why_not_alone
+
 _MOST_PIECES = 64
 _MOST_OPEN = 256
 _MOST_DOUBTS = 3
@@ -92,7 +94,7 @@ class Table:
         self._lock = threading.RLock()
         self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self._memory = memory_of_table(weight)
-        self._alone = _is_alone(weight)
+        self._not_alone = why_not_alone(weight)
         self._version = weight._version
         self.hooked = False
         self._doubts = 0
@@ -120,8 +122,8 @@ class Table:
     @property
     def why_whole(self) -> str | None:
         """Say why the next write is likely to be of all rows: the last one was, or none would be noticed. None if not."""
-        if not self._alone or self._distrusted:
-            return _UNSEEN if self._alone else _NOT_ALONE
+        if self._not_alone is not None or self._distrusted:
+            return self._not_alone or _UNSEEN
         return self._why_all if 0 < self._clock == self._all_at else None
 
     def read(self, keys: Sequence[torch.Tensor]) -> Reading:
@@ -169,8 +171,8 @@ class Table:
             self._unsure = False
             if self._memory != reading.memory:
                 return "table replaced"
-            if not self._alone or self._distrusted:
-                return _UNSEEN if self._alone else _NOT_ALONE
+            if self._not_alone is not None or self._distrusted:
+                return self._not_alone or _UNSEEN
             if self._clock == reading.clock:
                 return None
             if self._all_at > reading.clock:
@@ -248,7 +250,7 @@ class Table:
             version = weight._version
             self._seen = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
             self._wrote_all("table replaced")
-            self._memory, self._alone, self._version = memory, _is_alone(weight), version
+            self._memory, self._not_alone, self._version = memory, why_not_alone(weight), version
         elif versions and weight._version != self._version:
             version = weight._version
             self._wrote_all("table written outside the optimizer's step")
@@ -308,10 +310,4 @@ def memory_of_table(weight: torch.Tensor) -> object:
     )
 
 
-def _is_alone(weight: torch.Tensor) -> bool:
-    whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-    return whole and weight.is_contiguous() and not weight.is_shared()
-
-
 _UNSEEN = "table written through .data or in another way that leaves no trace"
-_NOT_ALONE = "the table is not contiguous, or its memory is that of others too, who may write it under another name"

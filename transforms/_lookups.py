@@ -168,10 +168,15 @@ def _unusual(weight: torch.Tensor) -> str | None:
         return "it is no ordinary matrix"
     if not weight.numel():
         return "it is empty"
-    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
-        return "it is part of a larger tensor, which may be written under another name"
     if weight.device.type != "cpu":
         return f"it is on {weight.device.type}, and gathers ahead run on the CPU"
+    return why_not_alone(weight)
+
+
+def why_not_alone(weight: torch.Tensor) -> str | None:
+    """Say why the memory of ``weight`` may be written under another name, or None."""
+    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+        return "it is part of a larger tensor, which may be written under another name"
     if weight.is_shared():
         return "its memory is shared with other processes"
     return None
@@ -195,10 +200,7 @@ _BAG = (
 _CALLS: dict[Any, tuple[Form, str]] = {
     F.embedding: (Form.EMBEDDING, "input=ids weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
     torch.embedding: (Form.EMBEDDING, "weight indices=ids padding_idx scale_grad_by_freq sparse"),
-    F.embedding_bag: (
-        Form.BAG,
-        _BAG,
-    ),
+    F.embedding_bag: (Form.BAG, _BAG),
     torch.index_select: _SELECT,
     "index_select": _SELECT,
     operator.getitem: _INDEX,

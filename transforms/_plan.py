@@ -94,11 +94,8 @@ class TablePlan:
         return ""
 
     def __str__(self) -> str:
-        parts = (
-            ["gathered ahead" if len(self.ahead) == 1 else f"{len(self.ahead)} lookups gathered ahead"]
-            if self.ahead
-            else []
-        )
+        count = len(self.ahead)
+        parts = ["gathered ahead" if count == 1 else f"{count} lookups gathered ahead"] if count else []
         parts += [f"`{node}` gathered in the step: {why}" for node, why in self.kept]
         text = f"`{self.name}` ({self.rows:,} x {self.columns}): {'; '.join(parts)}"
         if self.figures is not None:
@@ -173,9 +170,8 @@ class Plan:
         )
         lines = [head]
         if self.why_empty():
-            return "\n".join(
-                [f"{head}\n  nothing is staged: {self.why_empty()}", *[f"  table {t}" for t in self.tables]]
-            )
+            lines += [f"  nothing is staged: {self.why_empty()}", *[f"  table {table}" for table in self.tables]]
+            return "\n".join(lines)
         if self.lifted:
             lines += ["  lifted:", *_grouped(self.lifted)]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
