@@ -21,7 +21,9 @@ wrong.
     slot that this one left: both would hold the interpreter lock by turns, and the step would wait for it. The slot is
     free when the forward is done, and at the latest when the next batch is taken. A training loop that takes batches
     without running the model on each, and one with several clients, is not held back so.
-10. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
+10. Size. `resize` may be called at any time, by any thread. Workers that are too many end after the batch that they
+    hold; nothing is read twice or lost.
+11. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
     ends the threads.
 """
 
@@ -76,7 +78,11 @@ class Pipeline:
         self._next_index = 0
         self._ended = False
         self._in_hand: dict[int, Any] = {}
-        self._threads: list[threading.Thread] = []
+        self._crew_lock = threading.RLock()  # a finalizer may stop the pipeline inside
+        self._crew: dict[int, threading.Thread] = {}
+        self._leaving: list[threading.Thread] = []
+        self._num_threads = options.num_threads
+        self._stopped = False
         self._holding_back = options.num_clients == 1
 
     def start(self) -> None:
@@ -88,11 +94,32 @@ class Pipeline:
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
-        for number in range(self.options.num_threads):
-            name = f"torchstage-{self.recorder.name}-{number}"
-            thread = threading.Thread(target=_work, args=(self,), name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        self.resize(self._num_threads, self.channel.capacity)
+
+    def resize(self, num_threads: int, capacity: int) -> None:
+        """Go on with so many workers and so much room in the buffer, from the next batch on."""
+        self.channel.resize(capacity)
+        with self._crew_lock:
+            self._num_threads = num_threads
+            self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+            for number in range(num_threads):
+                if self._stopped:
+                    return
+                if number not in self._crew:
+                    name = f"torchstage-{self.recorder.name}-{number}"
+                    thread = threading.Thread(target=_work, args=(self, number), name=name, daemon=True)
+                    self._crew[number] = thread
+                    thread.start()
+
+    def stays(self, number: int) -> bool:
+        """Whether worker ``number`` is to go on; if not, it must end."""
+        if number < self._num_threads:
+            return True
+        with self._crew_lock:  # or a resize that finds the worker still there would count on it
+            if number < self._num_threads:
+                return True
+            self._leaving.append(self._crew.pop(number))
+            return False
 
     def _first(self) -> Batch | None:
         while True:
@@ -113,7 +140,7 @@ class Pipeline:
             BaseException: the error at this position.
         """
         started = time.perf_counter()
-        occupancy = min(len(self.channel) / self.options.capacity, 1.0)
+        occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
         if self.channel.slot_kept:
             self._holding_back = False  # the model was not run on the last batch
         item = self.channel.take(keep_slot=self._holding_back)
@@ -128,12 +155,15 @@ class Pipeline:
     def stop(self, timeout: float = 5.0) -> None:
         """Stop all workers; wait at most ``timeout`` seconds for them."""
         self.channel.cancel()
-        if threading.current_thread() in self._threads:
+        with self._crew_lock:
+            self._stopped = True
+            threads = [*self._crew.values(), *self._leaving]
+        if threading.current_thread() in threads:
             return  # garbage collection ran a finalizer on a worker: the others may wait for what this one holds
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
+        for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        for thread in self._threads:
+        for thread in threads:
             if thread.is_alive():
                 warnings.warn(
                     f"the thread {thread.name!r} did not stop within {timeout} s; it hangs at {_where(thread)}. It cannot "
@@ -141,7 +171,6 @@ class Pipeline:
                     TorchstageWarning,
                     stacklevel=2,
                 )
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def leftovers(self) -> list[Any]:
         """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
@@ -229,11 +258,11 @@ class Pipeline:
         self.channel.close(index)
 
 
-def _work(pipeline: Pipeline) -> None:
-    """Read and stage until the end, an error or a stop. The body of a worker thread."""
+def _work(pipeline: Pipeline, number: int) -> None:
+    """Read and stage until the end, an error, a stop or a resize that needs no such worker. The body of a thread."""
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
-        while (got := pipeline.read()) is not None:
+        while pipeline.stays(number) and (got := pipeline.read()) is not None:
             pipeline.process(*got)
             del got  # or this frame keeps the batch alive while it waits for the next
 

@@ -748,3 +748,40 @@ def test_a_kept_slot_is_free_when_the_next_item_is_taken(run: Run) -> None:
     taker = run(channel.take)
     assert taker.result() == 1
     assert putter.result() is True
+
+
+def test_growing_wakes_the_putters_that_now_have_room(run: Run) -> None:
+    """Clause 9."""
+    channel: Channel[int] = Channel(1)
+    channel.put(0, 0)
+    putters = [run(lambda i=i: channel.put(i, i)) for i in (1, 2, 3)]  # type: ignore[misc]
+    assert all(putter.blocked for putter in putters)
+    channel.resize(3)
+    assert channel.capacity == 3
+    assert putters[0].result() is True
+    assert putters[1].result() is True
+    assert putters[2].blocked
+    assert [channel.take() for _ in range(4)] == [0, 1, 2, 3]
+    assert putters[2].result() is True
+
+
+def test_shrinking_keeps_what_waits_and_holds_putters_back_until_it_fits(run: Run) -> None:
+    """Clause 9."""
+    channel: Channel[int] = Channel(4)
+    for i in range(4):
+        channel.put(i, i)
+    channel.resize(2)
+    putter = run(lambda: channel.put(4, 4))
+    assert [channel.take() for _ in range(2)] == [0, 1]
+    assert putter.blocked  # two wait, as many as may
+    assert channel.take() == 2
+    assert putter.result() is True
+    assert [channel.take() for _ in range(2)] == [3, 4]
+
+
+def test_a_channel_cannot_be_resized_to_no_room() -> None:
+    """Clause 9."""
+    channel: Channel[int] = Channel(2)
+    with pytest.raises(ValueError, match=r"capacity must be >= 1\. Found: 0\."):
+        channel.resize(0)
+    assert channel.capacity == 2

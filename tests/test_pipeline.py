@@ -1,4 +1,4 @@
-"""The pipeline's contract, number by number (1, 5 and 7 to 10 have more tests in test_laws.py)."""
+"""The pipeline's contract, number by number (1, 5, 7 to 9 and 11 have more tests in test_laws.py)."""
 
 import contextlib
 import gc
@@ -174,7 +174,7 @@ def held_back(**options: Any) -> tuple[Pipeline, list[int]]:
     """Take one of four batches after the others have timed out."""
     pipeline = pipeline_of(iter(numbers(4)), capacity=1, timeout_millis=1, **options)
     pipeline.start()
-    for thread in pipeline._threads:
+    for thread in list(pipeline._crew.values()):
         thread.join(10)
     seen = []
     try:
@@ -335,7 +335,78 @@ def test_9_a_loader_without_a_model_is_not_held_back() -> None:
     iterator.close()
 
 
-def test_10_threads_hold_neither_the_loader_nor_the_iterator() -> None:
+def workers_of(pipeline: Pipeline) -> list[str]:
+    name = f"torchstage-{pipeline.recorder.name}-"
+    return sorted(thread.name.removeprefix(name) for thread in threading.enumerate() if thread.name.startswith(name))
+
+
+def settles(pipeline: Pipeline, workers: list[str]) -> bool:
+    """Wait, for a bounded time, until exactly these workers are there."""
+    deadline = time.monotonic() + 10
+    while workers_of(pipeline) != workers and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return workers_of(pipeline) == workers
+
+
+def test_10_workers_come_and_go_and_no_batch_is_lost() -> None:
+    pipeline = pipeline_of(iter(numbers(400)), num_threads=1, capacity=1)
+    pipeline.start()
+    taken = [pipeline.take().number]
+    for num_threads, capacity in [(4, 2), (2, 8), (7, 1), (1, 1), (3, 5), (1, 2)] * 4:
+        pipeline.resize(num_threads, capacity)
+        taken += [pipeline.take().number for _ in range(10)]
+        assert settles(pipeline, [str(n) for n in range(num_threads)]) or len(taken) > 380
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            taken.append(pipeline.take().number)
+    assert taken == list(range(400))
+    pipeline.stop()
+
+
+def test_10_a_worker_that_is_too_many_puts_the_batch_that_it_holds() -> None:
+    """The race is built: batches 0 and 1 are being read and held while the size shrinks to one worker."""
+    gate, held = Gate(3), threading.Event()
+    pipeline = pipeline_of(gate, num_threads=2, capacity=1)
+    put = pipeline._put
+
+    def hold(index: int, item: Any) -> None:
+        if index == 1:
+            assert held.wait(10)
+        put(index, item)
+
+    pipeline._put = hold  # type: ignore[method-assign]
+    for _ in range(4):
+        gate.permits.release()
+    pipeline.start()
+    assert pipeline.take().number == 0
+    pipeline.resize(1, 1)
+    held.set()
+    assert [pipeline.take().number for _ in range(2)] == [1, 2]
+    pipeline.stop()
+    assert workers_of(pipeline) == []
+
+
+def test_10_no_worker_starts_after_the_stop() -> None:
+    pipeline = pipeline_of(iter(numbers(10)), num_threads=1, capacity=1)
+    pipeline.start()
+    pipeline.stop()
+    pipeline.resize(4, 4)
+    assert workers_of(pipeline) == []
+
+
+def test_10_a_worker_that_was_told_to_go_and_then_to_stay_is_not_missed() -> None:
+    """It leaves, or goes on: at the end of both resizes there are as many workers as asked for."""
+    pipeline = pipeline_of(iter(numbers(100_000)), num_threads=4, capacity=4)
+    pipeline.start()
+    for _ in range(300):
+        pipeline.resize(1, 4)
+        pipeline.take()
+        pipeline.resize(4, 4)
+    assert settles(pipeline, ["0", "1", "2", "3"])
+    pipeline.stop()
+
+
+def test_11_threads_hold_neither_the_loader_nor_the_iterator() -> None:
     loader = StagedDataLoader(numbers(50), num_threads=2)
     iterator = iter(loader)
     next(iterator)

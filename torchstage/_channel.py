@@ -18,6 +18,8 @@ Contract (tests/test_channel.py has one test per number). If the code differs fr
  7. Cancel. After ``cancel()`` every waiting and every later ``put`` and ``take`` raises ChannelCancelled, until
     ``resume()``. Items stay where they are; ``drain()`` removes and returns them in order.
  8. Reentry. Any operation may run inside another one on the same thread (a finalizer may run at any allocation).
+ 9. Resize. ``resize(capacity)`` may come at any time. More room wakes putters; with less, what waits stays and is taken
+    in order, and putters wait until it fits.
 """
 
 import threading
@@ -41,9 +43,7 @@ class Channel(Generic[T]):
     """
 
     def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be >= 1. Found: {capacity}.")
-        self._capacity = capacity
+        self._capacity = _checked(capacity)
         self._items: dict[int, T | _Failure] = {}
         self._skipped: set[int] = set()
         self._next = 0
@@ -122,6 +122,17 @@ class Channel(Generic[T]):
                 self._room.notify_all()
 
     @property
+    def capacity(self) -> int:
+        """How many items may wait now."""
+        return self._capacity
+
+    def resize(self, capacity: int) -> None:
+        """Let ``capacity`` items wait, at least 1, from here on."""
+        with self._room:
+            self._capacity = _checked(capacity)
+            self._room.notify_all()
+
+    @property
     def slot_kept(self) -> bool:
         """Whether the last ``take`` still keeps its slot."""
         return self._kept > 0
@@ -198,6 +209,12 @@ class Channel(Generic[T]):
             self._ready.notify_all()
         elif self._next in self._items:
             self._ready.notify()
+
+
+def _checked(capacity: int) -> int:
+    if capacity < 1:
+        raise ValueError(f"capacity must be >= 1. Found: {capacity}.")
+    return capacity
 
 
 # Waits go in slices: one without a timeout cannot be interrupted by Ctrl-C on every platform, and a finalizer that cancels
