@@ -44,8 +44,10 @@ from torchstage.errors import (
     TorchstageWarning,
     add_note,
 )
+from torchstage.loaders._feed import Feed, bytes_of
 from torchstage.loaders._source import Batch, Source
 from torchstage.loaders._stager import Bound, Stager
+from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 
@@ -66,14 +68,24 @@ class Pipeline:
         stager: what to do to each batch; None to hand it on as it is.
         options: capacity, threads, timeout, exception types.
         recorder: where figures and warnings go.
+        tuner: chooses capacity and threads where the options leave them open; None if they do not.
     """
 
-    def __init__(self, source: Source, stager: Stager | None, options: SmartStageOptions, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        source: Source,
+        stager: Stager | None,
+        options: SmartStageOptions,
+        recorder: Recorder,
+        tuner: Tuner | None = None,
+    ) -> None:
         self.source = source
-        self.channel: Channel[Item] = Channel(options.capacity)
         self.options = options
         self.recorder = recorder
         self.stager = stager
+        self._tuner = tuner
+        self._num_threads = options.num_threads if tuner is None else tuner.feed.num_threads
+        self.channel: Channel[Item] = Channel(options.capacity if tuner is None else tuner.feed.capacity)
         self._reading = threading.Lock()
         self._next_index = 0
         self._ended = False
@@ -81,7 +93,7 @@ class Pipeline:
         self._crew_lock = threading.RLock()  # a finalizer may stop the pipeline inside
         self._crew: dict[int, threading.Thread] = {}
         self._leaving: list[threading.Thread] = []
-        self._num_threads = options.num_threads
+        self._worker = threading.local()
         self._stopped = False
         self._holding_back = options.num_clients == 1
 
@@ -94,6 +106,8 @@ class Pipeline:
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
+        if self._tuner is not None:
+            self._tuner.begin()
         self.resize(self._num_threads, self.channel.capacity)
 
     def resize(self, num_threads: int, capacity: int) -> None:
@@ -140,7 +154,8 @@ class Pipeline:
             BaseException: the error at this position.
         """
         started = time.perf_counter()
-        occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
+        waiting = len(self.channel)
+        occupancy = min(waiting / self.channel.capacity, 1.0)
         if self.channel.slot_kept:
             self._holding_back = False  # the model was not run on the last batch
         item = self.channel.take(keep_slot=self._holding_back)
@@ -148,7 +163,10 @@ class Pipeline:
             self.channel.free_slot()
         else:
             item.bound.ticket.on_used = self.channel.free_slot
-        self.recorder.took(time.perf_counter() - started, occupancy)
+        wait = time.perf_counter() - started
+        self.recorder.took(wait, occupancy)
+        if self._tuner is not None:
+            self._tuner.took(wait, waiting)
         item.batch.check_not_overwritten(item.number)
         return item
 
@@ -225,9 +243,23 @@ class Pipeline:
                 add_note(error, f"raised while staging batch {index}, on a torchstage thread")
                 self._fail(index, error)
             return
-        self.recorder.staged(read_seconds, None if bound is None else time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.recorder.staged(read_seconds, None if bound is None else seconds)
+        if self._tuner is not None:
+            spent, self._worker.spent = getattr(self._worker, "spent", 0.0), time.thread_time()
+            nbytes = bytes_of(batch.leaves) + (0 if bound is None else bound.ticket.nbytes)
+            self._tuner.staged(read_seconds, read_seconds + seconds, self._worker.spent - spent, nbytes)
         self._put(index, Item(index, batch, bound))
         self._in_hand.pop(index, None)
+        if self._tuner is not None:
+            self._tuner.tick()
+            self._obey(self._tuner.feed)
+
+    def _obey(self, feed: Feed) -> None:
+        """Take on the published sizes."""
+        wanted = (feed.num_threads, feed.capacity)
+        if wanted != (self._num_threads, self.channel.capacity):
+            self.resize(*wanted)
 
     def _put(self, index: int, item: Item) -> None:
         timeout = self.options.timeout_millis / 1e3

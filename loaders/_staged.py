@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from torchstage._threads import get_stage_thread_pool
+from torchstage.autotune import Model
 from torchstage.errors import ChannelCancelled, ChannelClosed, OptionError, TorchstageError
+from torchstage.loaders._feed import Feed
 from torchstage.loaders._model import core_of, stage_model, unwrap
 from torchstage.loaders._pipeline import Pipeline
 from torchstage.loaders._source import Source
 from torchstage.loaders._stager import Stager
+from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder, Stats
 from torchstage.transforms._binding import Binder, Inputs
@@ -58,23 +61,32 @@ class StagedDataLoader:
         name = self._options.name or (type(model).__name__ if model is not None else "prefetch")
         recorder = Recorder(name)
         stager = None
-        self._model = None
+        self._staged_model = None
         use_pool = self._options.use_stage_subgraph_thread_pool
         pool = get_stage_thread_pool(self._options.stage_subgraph_thread_pool_id) if use_pool else None
         if model is not None:
             plain = unwrap(model)
             _check_graph(self._options.graph, plain)
-            self._model = stage_model(model)
+            self._staged_model = stage_model(model)
             stager = Stager(plain, self._options, Binder(plain, inputs), pool, recorder)
-            core_of(self._model).stagers.add(stager)
-        self._shared = _Shared(loader, self._options, recorder, stager)
+            core_of(self._staged_model).stagers.add(stager)
+        tuner = Tuner(self._options, Feed(self._options, loader, name)) if self._options.tuned else None
+        self._shared = _Shared(loader, self._options, recorder, stager, tuner)
         weakref.finalize(self, self._shared.stop)
         _live.add(self)
 
     @property
-    def model(self) -> torch.nn.Module | None:
+    def staged_model(self) -> torch.nn.Module | None:
         """The staged model, which recognises this loader's batches; None for a loader that only prefetches."""
-        return self._model
+        return self._staged_model
+
+    @property
+    def model(self) -> Model | None:
+        """The performance model that tunes this loader; None if ``capacity`` and ``num_threads`` are fixed.
+
+        ``loader.model.save(path)`` keeps it for a look, or for ``warm_start``.
+        """
+        return self._shared.tuner.feed.model if self._shared.tuner is not None else None
 
     @property
     def options(self) -> SmartStageOptions:
@@ -84,7 +96,9 @@ class StagedDataLoader:
     @property
     def stats(self) -> Stats:
         """A snapshot of what was measured so far; ``print(loader.stats)`` says how to read it."""
-        return self._shared.recorder.snapshot(core_of(self._model).unstaged if self._model is not None else {})
+        unstaged = core_of(self._staged_model).unstaged if self._staged_model is not None else {}
+        tuner = self._shared.tuner
+        return self._shared.recorder.snapshot(unstaged, tuner.figures() if tuner is not None else None)
 
     @property
     def plan(self) -> Plan | None:
@@ -152,7 +166,7 @@ class StagedIterator:
             raise
         if item.bound is not None:
             leaves = item.batch.leaves
-            core_of(self._loader.model).registry.add(*item.bound, leaves, self._loader.options.num_clients)
+            core_of(self._loader.staged_model).registry.add(*item.bound, leaves, self._loader.options.num_clients)
         return item.batch.value
 
     def close(self) -> None:
@@ -164,11 +178,14 @@ class StagedIterator:
 class _Shared:
     """What a loader and its epochs share. Holds no reference to the loader that the user holds."""
 
-    def __init__(self, loader: Any, options: SmartStageOptions, recorder: Recorder, stager: Stager | None) -> None:
+    def __init__(
+        self, loader: Any, options: SmartStageOptions, recorder: Recorder, stager: Stager | None, tuner: Tuner | None
+    ) -> None:
         self.loader = loader
         self.options = options
         self.recorder = recorder
         self.stager = stager
+        self.tuner = tuner
         self._lock = threading.RLock()  # a finalizer may run inside
         self._epochs: list[_Epoch] = []
         self._pushed_back: list[Any] = []
@@ -217,11 +234,11 @@ class _Shared:
         if one_shot:  # a generator has one position: the newest iteration goes on from it
             self.stop()
         options = self.options
-        window = options.capacity + options.num_threads + options.num_clients
+        window = options.most_batches + options.num_clients
         reuses = not isinstance(self.loader, (list, tuple))
         source = Source(iterator, window, self._pushed_back if one_shot else [], reuses)
         self._pushed_back = []
-        epoch = _Epoch(self, Pipeline(source, self.stager, options, self.recorder), one_shot)
+        epoch = _Epoch(self, Pipeline(source, self.stager, options, self.recorder, self.tuner), one_shot)
         self._epochs.append(epoch)
         return epoch
 

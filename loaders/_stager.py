@@ -72,7 +72,7 @@ class Stager:
         self._recaptures = 0
         self._graph_training = model.training
         self._workers: set[int] = set()  # adding and discarding are atomic
-        self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.num_threads)
+        self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.most_threads)
 
     @property
     def plan(self) -> Plan | None:

@@ -73,7 +73,7 @@ class Parts:
         self._guards = Guards(model, capture)
         self.lifted: Lifted = lift(capture, plan)
         self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
-        lag = options.capacity + options.num_threads
+        lag = options.most_batches
         most_stale = lag if options.max_staleness is None else options.max_staleness
         nodes = {node.name: node for node in capture.graph.nodes}
         self.sites: tuple[Site, ...] = tuple(

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, flatten, is_text_leaf, memory_of
+from torchstage.loaders._feed import bytes_of
 from torchstage.loaders._rows import Rows
 from torchstage.loaders._staging import Parts, Staging
 
@@ -57,6 +58,11 @@ class Ticket:
         self._value_versions = [(v, v._version) for v in self._values if isinstance(v, torch.Tensor)]
         self._given = {memory_of(value) for value, _ in self._value_versions}
         self._fragile = not all(isinstance(value, _LASTING) for value in self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the staged values."""
+        return bytes_of(self._values)
 
     def refuse(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[str, Any] | None:
         """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""

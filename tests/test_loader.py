@@ -61,8 +61,8 @@ def test_other_attributes_are_the_loaders() -> None:
 def test_it_works_without_a_model_and_with_one_directly() -> None:
     assert [int(x[0]) for x in StagedDataLoader(numbers(4), capacity=2)] == [0, 1, 2, 3]
     loader = StagedDataLoader(numbers(4), Scale())
-    assert loader.model is not None
-    outputs = [loader.model(x).detach() for x in loader]
+    assert loader.staged_model is not None
+    outputs = [loader.staged_model(x).detach() for x in loader]
     assert_same(outputs, [Scale()(x).detach() for x in numbers(4)])
     assert loader.stats.staged_steps == 4
 

@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from torchstage import errors, ops
+from torchstage import autotune, errors, ops
 from torchstage._smart_stage import Staged, smart_stage
 from torchstage._threads import add_stage_thread_pool, close_stage_thread_pools
+from torchstage.autotune import AUTOTUNE, AutotuneAlgorithm
 from torchstage.loaders import StagedDataLoader, StagedModel, make_prefetch_hook, unwrap
 from torchstage.markers import mark_target_node, staged
 from torchstage.options import SmartStageOptions
@@ -17,6 +18,8 @@ except PackageNotFoundError:  # a plain checkout that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AUTOTUNE",
+    "AutotuneAlgorithm",
     "Plan",
     "SmartStageOptions",
     "Staged",
@@ -24,6 +27,7 @@ __all__ = [
     "StagedModel",
     "Stats",
     "add_stage_thread_pool",
+    "autotune",
     "close_stage_thread_pools",
     "errors",
     "make_prefetch_hook",

@@ -47,5 +47,5 @@ def smart_stage(
             f"model must be a torch.nn.Module. Found: {type(model).__name__}. The order is smart_stage(model, loader)."
         )
     staged = StagedDataLoader(loader, model, options, inputs=inputs, **overrides)
-    assert staged.model is not None
-    return Staged(staged.model, staged)
+    assert staged.staged_model is not None
+    return Staged(staged.staged_model, staged)

@@ -1,11 +1,13 @@
 """`SmartStageOptions`: everything a user can choose about staging, validated when it is made."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.fx
 
+from torchstage.autotune import AUTOTUNE, AutotuneAlgorithm
 from torchstage.errors import OptionError
 
 
@@ -20,11 +22,12 @@ class SmartStageOptions:
     capacity: int = 1
     """Staged batches that may wait for the training step. 1 overlaps one batch with one step and is enough when both
     take a steady time; raise it when the stage's or the loader's time varies from batch to batch. Each one more costs
-    the memory of one batch and its staged values."""
+    the memory of one batch and its staged values. `AUTOTUNE` chooses it while the job runs."""
 
     num_threads: int = 1
     """Threads that read and stage batches. Order is kept for any number. Raise it while ``stats.wait`` is not near
-    zero and processors are idle; on a machine whose cores the step itself uses, more threads make the step slower."""
+    zero and processors are idle; on a machine whose cores the step itself uses, more threads make the step slower.
+    `AUTOTUNE` chooses their number while the job runs."""
 
     num_clients: int = 1
     """Threads of the user's that iterate over the one loader. They share one buffer, each batch goes to exactly one of
@@ -80,9 +83,33 @@ class SmartStageOptions:
     """With ``lookups="stale"``: the most optimizer steps that a gathered row may miss; rows that would miss more are
     gathered in the step. None: ``capacity + num_threads``."""
 
+    autotune_algorithm: AutotuneAlgorithm = AutotuneAlgorithm.DEFAULT
+    """How the performance model searches, where ``capacity`` or ``num_threads`` is `AUTOTUNE`. ``DEFAULT`` is
+    ``STAGE_BASED``: the fewest threads with which a batch is ready when the step wants it."""
+
+    cpu_budget: int = 0
+    """Processors that the stage's threads may keep busy under `AUTOTUNE`; threads that wait take none. 0: all that the
+    process may use."""
+
+    ram_budget: int = 0
+    """Bytes that waiting batches may take under `AUTOTUNE`. 0: half of the memory that is free when the loader is made."""
+
+    max_capacity: int = 16
+    """The most that ``capacity=AUTOTUNE`` may choose."""
+
+    max_num_threads: int = 8
+    """The most that ``num_threads=AUTOTUNE`` may choose. Memory is bounded by both bounds together, see ``most_batches``."""
+
+    warm_start: str | os.PathLike[str] | None = None
+    """A file that ``loader.model.save(path)`` wrote: begin with what was chosen there, within the bounds."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            _require_int(name, getattr(self, name), least)
+            if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
+                _require_int(name, getattr(self, name), least)
+        rule = "must be an AutotuneAlgorithm, for example AutotuneAlgorithm.HILL_CLIMB"
+        _require("autotune_algorithm", self.autotune_algorithm, lambda v: isinstance(v, AutotuneAlgorithm), rule)
+        _require("warm_start", self.warm_start, _is_path, "must be None or the path of a saved model")
         for name in ("use_stage_subgraph_thread_pool", "do_smart_stage"):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
@@ -105,6 +132,26 @@ class SmartStageOptions:
                 f"closed_exception_types and ignored_exception_types both hold {', '.join(both)}: an exception can end "
                 "the epoch or skip its batch, not both. Remove it from one of them."
             )
+
+    @property
+    def tuned(self) -> bool:
+        """Whether anything is chosen while the job runs."""
+        return AUTOTUNE in (self.capacity, self.num_threads)
+
+    @property
+    def most_capacity(self) -> int:
+        """The most batches that may wait: ``capacity``, or its bound under `AUTOTUNE`."""
+        return self.max_capacity if self.capacity == AUTOTUNE else self.capacity
+
+    @property
+    def most_threads(self) -> int:
+        """The most threads: ``num_threads``, or its bound under `AUTOTUNE`."""
+        return self.max_num_threads if self.num_threads == AUTOTUNE else self.num_threads
+
+    @property
+    def most_batches(self) -> int:
+        """The most batches that are read and not taken: those that wait, and one in the hand of each thread."""
+        return self.most_capacity + self.most_threads
 
     @classmethod
     def of(cls, options: "SmartStageOptions | None", overrides: dict[str, Any]) -> "SmartStageOptions":
@@ -132,9 +179,14 @@ _LEAST = {
     "num_threads": 1,
     "num_clients": 1,
     "timeout_millis": 1,
+    "cpu_budget": 0,
+    "ram_budget": 0,
+    "max_capacity": 1,
+    "max_num_threads": 1,
     "stage_subgraph_thread_pool_id": 0,
     "stage_subgraph_stream_id": 0,
 }
+_TUNABLE = ("capacity", "num_threads")
 _LOOKUPS = ("auto", "exact", "main", "stale")
 _ON_TIMEOUT = ("drop", "raise", "wait")
 
@@ -146,12 +198,16 @@ def _require(name: str, value: object, holds: Callable[[Any], bool], rule: str) 
 
 def _require_int(name: str, value: object, least: int) -> None:
     # bool is an int in Python; True for a count is a mistake, not a 1
-    _require(
-        name,
-        value,
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
-        f"must be a whole number >= {least}",
-    )
+    rule = f"must be a whole number >= {least}" + (" or AUTOTUNE" if name in _TUNABLE else "")
+    _require(name, value, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, rule)
+
+
+def _is_autotune(value: object) -> bool:
+    return type(value) is int and value == AUTOTUNE
+
+
+def _is_path(value: object) -> bool:
+    return value is None or (isinstance(value, (str, os.PathLike)) and bool(os.fspath(value)))
 
 
 def _is_bool_or_none(value: object) -> bool:

@@ -78,6 +78,53 @@ class TableFigures:
         return "; ".join(parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """One change that the performance model made, or that was taken back."""
+
+    batch: int
+    """How many batches the training loop had taken."""
+
+    seconds: float
+    """Time since the loader was made."""
+
+    num_threads: int
+    """Threads from here on."""
+
+    capacity: int
+    """Room of the buffer from here on."""
+
+    why: str
+    """What was changed, and why."""
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.seconds:.1f} s: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What the performance model chose while the job ran."""
+
+    num_threads: int
+    """Threads now."""
+
+    capacity: int
+    """Room of the buffer now."""
+
+    asked: int
+    """How often the model was asked."""
+
+    seconds: float
+    """Time that this took, on the stage's threads."""
+
+    changes: tuple[Tuned, ...]
+    """The newest changes, oldest first."""
+
+    def __str__(self) -> str:
+        head = f"{self.num_threads} threads, capacity {self.capacity}; asked {self.asked} times in {_ms(self.seconds)}"
+        return "\n".join([head, *[f"    {change}" for change in self.changes]])
+
+
 @dataclasses.dataclass
 class LookupCounts:
     """The counts of one lookup, kept by whoever runs it; seconds in sum."""
@@ -152,6 +199,9 @@ class Stats:
     tables: Mapping[str, TableFigures]
     """What gathering rows of trained tables ahead cost and saved, by the table's name; see also ``loader.plan``."""
 
+    tuning: Tuning | None = None
+    """What was tuned, when and why; None where ``num_threads`` and ``capacity`` are fixed."""
+
     def __str__(self) -> str:
         lines = [
             f"stage {self.name}: {self.batches} batches, {self.staged_steps} staged steps",
@@ -163,6 +213,7 @@ class Stats:
             f"  drops:             {_counts(self.drops)}",
         ]
         lines += [f"  table `{name}`: {figures}" for name, figures in self.tables.items()]
+        lines += [f"  tuned:             {self.tuning}"] if self.tuning is not None else []
         return "\n".join(lines)
 
 
@@ -245,8 +296,8 @@ class Recorder:
                 category, message = self._pending.pop(0)
             warnings.warn(message, category, stacklevel=stacklevel + 1)
 
-    def snapshot(self, unstaged: Mapping[str, int]) -> Stats:
-        """Return the figures so far, with the model's calls on objects of no staged loader, by reason."""
+    def snapshot(self, unstaged: Mapping[str, int], tuning: Tuning | None = None) -> Stats:
+        """Return the figures so far, with the model's calls on objects of no staged loader by reason, and the tuning."""
         tables = types.MappingProxyType(self.tables())
         with self._lock:
             fallbacks = {**self._fallbacks, **unstaged}
@@ -261,6 +312,7 @@ class Recorder:
                 fallbacks=types.MappingProxyType(fallbacks),
                 drops=types.MappingProxyType(dict(self._drops)),
                 tables=tables,
+                tuning=tuning,
             )
 
 

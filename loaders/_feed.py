@@ -1,0 +1,123 @@
+"""The performance model of one loader: the tree that stands for its pipeline, and how what happens enters it.
+
+    buffer (`buffer_size`) <- stage (`parallelism`) <- loader (one reader at a time)
+
+A worker reads a batch and stages it, and only one reads at a time. So the stage's processing time is that of both, shared
+by all workers, and the loader is a stage of its own whose parallelism is fixed at one: more workers help until they are
+as fast as the loader.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchstage.autotune import (
+    AUTOTUNE,
+    BUFFER_SIZE,
+    PARALLELISM,
+    Model,
+    ModelOptions,
+    Node,
+    NodeArgs,
+    Parameter,
+    SharedState,
+    make_async_known_ratio_node,
+    make_parameter,
+    publish,
+)
+from torchstage.options import SmartStageOptions
+
+
+class Feed:
+    """Builds the model of a loader's pipeline and records into it. Any thread may record.
+
+    Args:
+        options: what is fixed, what is `AUTOTUNE`, and the bounds.
+        loader: the user's loader; the batches that a `DataLoader` with workers reads ahead count as memory.
+        name: the model's name.
+    """
+
+    def __init__(self, options: SmartStageOptions, loader: Any, name: str) -> None:
+        self.threads = _parameter(PARALLELISM, options.num_threads, 1, options.max_num_threads)
+        self.room = _parameter(
+            BUFFER_SIZE, options.capacity, min(START_CAPACITY, options.max_capacity), options.max_capacity
+        )
+        self.model = Model(_OPTIONS, name=name)
+        self._buffer = self.model.add_node(_asynchronous(1.0, self.room), "buffer", None)
+        self._stage = self.model.add_node(_asynchronous(1.0, self.threads), "stage", self._buffer)
+        fixed = [make_parameter(PARALLELISM, SharedState(1), 1, 1)]
+        if ahead := _read_ahead(loader):
+            fixed.append(make_parameter(BUFFER_SIZE, SharedState(ahead), ahead, ahead))
+        self._loader = self.model.add_node(_asynchronous(0.0, *fixed), "loader", self._stage)
+
+    @property
+    def num_threads(self) -> int:
+        """The published number of workers."""
+        assert self.threads.state is not None
+        return int(self.threads.state.value)
+
+    @property
+    def capacity(self) -> int:
+        """The published capacity of the buffer."""
+        assert self.room.state is not None
+        return int(self.room.state.value)
+
+    def staged(self, read: float, busy: float, nbytes: int) -> None:
+        """Record a batch of ``nbytes`` that took ``read`` seconds to read and ``busy`` to read and stage."""
+        loader, stage = self._loader, self._stage
+        loader.add_processing_time(read * 1e9)
+        loader.record_element()
+        loader.record_bytes_produced(nbytes)
+        stage.record_bytes_consumed(nbytes)
+        stage.add_processing_time(busy * 1e9)
+        stage.record_element()
+        stage.record_bytes_produced(nbytes)
+
+    def took(self, gap: float | None, waiting: int) -> None:
+        """Record that a client came for a batch, ``gap`` seconds after its last one, and found so many waiting."""
+        buffer = self._buffer
+        size = self._stage.average_buffered_element_size()
+        change = waiting - buffer.buffered_elements
+        buffer.record_buffer_event(change * size, change)
+        buffer.record_bytes_produced(size)
+        buffer.record_element()
+        if gap is not None:
+            self.model.record_iterator_gap_time(gap * 1e6)
+
+    def put_back(self, num_threads: int) -> None:
+        """Publish a number of workers that was in force before."""
+        self.threads.value = num_threads
+        publish([self.threads])
+
+
+def bytes_of(leaves: Iterable[Any]) -> int:
+    """Return the bytes of the tensors and arrays among ``leaves``."""
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray)))
+
+
+def _parameter(name: str, value: int, least: int, most: int) -> Parameter:
+    if value != AUTOTUNE:
+        return make_parameter(name, SharedState(value), value, value)
+    parameter = make_parameter(name, SharedState(AUTOTUNE), least, most)
+    assert parameter.state is not None
+    parameter.state.value = least
+    return parameter
+
+
+def _asynchronous(ratio: float, *parameters: Parameter) -> Any:
+    def make(args: NodeArgs) -> Node:
+        return make_async_known_ratio_node(args, ratio, parameters)
+
+    return make
+
+
+def _read_ahead(loader: Any) -> int:
+    workers = getattr(loader, "num_workers", 0)
+    ahead = getattr(loader, "prefetch_factor", None)
+    return workers * ahead if isinstance(workers, int) and isinstance(ahead, int) else 0
+
+
+START_CAPACITY = 2
+_OPTIONS = ModelOptions(buffer_optimization=True, min_gaps=8)

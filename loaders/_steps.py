@@ -1,0 +1,76 @@
+"""How long the training loop takes for a batch: its own time and its wait, since the last change of what is tuned."""
+
+import collections
+import itertools
+import math
+import statistics
+import threading
+
+
+class Steps:
+    """The newest steps, without pauses of the loop such as an evaluation. Any thread may add and read."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+        self._skip = 0
+        self._gaps: collections.deque[float] = collections.deque(maxlen=MOST)
+        self._waits: collections.deque[float] = collections.deque(maxlen=MOST)
+
+    def add(self, gap: float, wait: float) -> None:
+        """Add a step that took ``gap`` seconds of its own after it had waited ``wait`` seconds for its batch."""
+        with self._lock:
+            self.total += 1
+            if self._skip:
+                self._skip -= 1
+            elif len(self._gaps) < FEW or gap < PAUSE * statistics.median(itertools.islice(self._gaps, FEW)):
+                self._gaps.append(gap)
+                self._waits.append(wait)
+
+    def skip(self, count: int) -> None:
+        """Leave out the next ``count`` steps, at least."""
+        with self._lock:
+            self._skip = max(self._skip, count)
+
+    def clear(self, skip: int) -> None:
+        """Forget all, and leave out the next ``skip`` steps."""
+        with self._lock:
+            self._gaps.clear()
+            self._waits.clear()
+            self._skip = skip
+
+    def __len__(self) -> int:
+        return len(self._gaps)
+
+    @property
+    def mean(self) -> float:
+        """Mean seconds per batch."""
+        return statistics.fmean(self._times())
+
+    @property
+    def error(self) -> float:
+        """Standard error of `mean`."""
+        times = self._times()
+        return statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else math.inf
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time that the loop waits, 0 to 1."""
+        with self._lock:
+            return sum(self._waits) / max(sum(self._waits) + sum(self._gaps), 1e-12)
+
+    @property
+    def recent_gap(self) -> float:
+        """Mean seconds of the loop's own in the newest steps."""
+        with self._lock:
+            return statistics.fmean(list(self._gaps)[-RECENT:])
+
+    def _times(self) -> list[float]:
+        with self._lock:
+            return [gap + wait for gap, wait in zip(self._gaps, self._waits, strict=True)]
+
+
+MOST = 64
+RECENT = 16
+FEW = 5
+PAUSE = 10.0

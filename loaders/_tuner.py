@@ -1,0 +1,248 @@
+"""When to ask the performance model, within which bounds, and whether what it published has helped.
+
+The model knows what a batch costs, and not what its threads cost the step: they share processors, the memory and the
+interpreter lock. So it is asked only while that can help, may go a step at a time, and what it publishes is a trial:
+unless the time per batch shows that it helps, the numbers before are published again.
+
+Contract (tests/test_tuner.py has a test per number).
+
+ 1. Waiting is the reason. While the training loop waits for less than `GONE` of its time, no thread and no room is
+    added.
+ 2. One step at a time. A change at most doubles the threads, within ``max_num_threads``, and at most as many threads as
+    the processors of ``cpu_budget`` can run, by the share of its time that a worker is on a processor.
+ 3. Every change of the threads is a trial. More of them stay if a batch takes at least `GAIN` less time, fewer stay if it
+    takes hardly more; else the numbers before come back and the next trial is held off, twice as long each time.
+ 4. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
+ 5. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
+    that was kept begins again with 10 ms.
+ 6. If the model thinks that there is enough and the loop still waits, it is asked for a shorter time per batch.
+"""
+
+import collections
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torchstage.autotune import AutotuneAlgorithm, OptimizationLoop, default_cpu_budget, default_ram_budget
+from torchstage.loaders._feed import Feed
+from torchstage.loaders._steps import Steps
+from torchstage.options import SmartStageOptions
+from torchstage.stats import Tuned, Tuning
+
+
+class Tuner:
+    """See the module's contract. The pipeline obeys `num_threads` and `capacity` after each `tick`.
+
+    Args:
+        options: the algorithm, the budgets and the bounds.
+        feed: the performance model.
+        clock: seconds.
+    """
+
+    def __init__(self, options: SmartStageOptions, feed: Feed, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.feed = feed
+        self._clock = clock
+        self._clients = options.num_clients
+        self._most_threads, self._most_room = options.most_threads, options.most_capacity
+        self._cpu_budget = options.cpu_budget or default_cpu_budget()
+        self._ram_budget = options.ram_budget or default_ram_budget()
+        algorithm = options.autotune_algorithm
+        self._algorithm = AutotuneAlgorithm.STAGE_BASED if algorithm == AutotuneAlgorithm.DEFAULT else algorithm
+        self._loop = OptimizationLoop(feed.model, self._algorithm, self._cpu_budget, self._ram_budget)
+        self._deciding = threading.Lock()
+        self._client = threading.local()
+        self._epoch = 0
+        self._steps = Steps()
+        self._work: collections.deque[tuple[float, float]] = collections.deque(maxlen=SAMPLES)
+        self._costs: tuple[float, float] | None = None
+        self._trial: _Trial | None = None
+        self._held = {True: _Hold(), False: _Hold()}
+        self._due = 0.0
+        self._log: collections.deque[Tuned] = collections.deque(maxlen=MOST_LOGGED)
+        self._asked = 0
+        self._seconds = 0.0
+        self._started = clock()
+
+    def begin(self) -> None:
+        """Note that an epoch begins: nobody waited between this one's first batch and the last one's end."""
+        self._epoch += 1
+        self._steps.skip(1)
+
+    def staged(self, read: float, busy: float, processor: float, nbytes: int) -> None:
+        """Record a batch of ``nbytes``: the seconds it took to read, to read and stage, and of those on a processor."""
+        self._work.append((busy, processor))
+        self.feed.staged(read, busy, nbytes)
+
+    def took(self, wait: float, waiting: int) -> None:
+        """Record that the calling client got a batch after ``wait`` seconds, and found so many waiting."""
+        now, client = self._clock(), self._client
+        gap = None
+        if getattr(client, "epoch", None) == self._epoch:
+            gap = (now - wait - client.left) / self._clients
+            self._steps.add(gap, wait / self._clients)
+        client.epoch, client.left = self._epoch, now
+        self.feed.took(gap, waiting)
+
+    def tick(self) -> bool:
+        """Decide, if it is time to; return whether something was published. Called by a worker after each batch."""
+        if not self._deciding.acquire(blocking=False):
+            return False
+        try:
+            if len(self._steps) < self._least():
+                return False
+            before = (self.feed.num_threads, self.feed.capacity)
+            if self._trial is not None:
+                self._judge(self._trial)
+            elif self._costs_shifted():
+                self._start_over()
+            elif self._clock() >= self._due:
+                self._ask()
+            return before != (self.feed.num_threads, self.feed.capacity)
+        finally:
+            self._deciding.release()
+
+    def figures(self) -> Tuning:
+        """Return what was tuned, when and why."""
+        return Tuning(self.feed.num_threads, self.feed.capacity, self._asked, self._seconds, tuple(self._log))
+
+    def _least(self) -> int:
+        """How many steps say something: batches of several workers come in bursts."""
+        return max(LEAST, 2 * self.feed.num_threads)
+
+    def _ask(self) -> None:
+        """Let the model publish what it thinks best, within the bounds of contract 1 and 2."""
+        started = time.perf_counter()
+        steps = self._steps
+        threads, room = self.feed.num_threads, self.feed.capacity
+        waits = steps.waiting > GONE
+        more = waits and not self._held[True].holds(steps.total)
+        self._bound(threads, room, more, waits)
+        self._loop.step()
+        self._due = self._clock() + self._loop.period_ms / 1e3
+        self._asked += 1
+        self._seconds += time.perf_counter() - started
+        if self.feed.capacity != room:
+            self._note(f"capacity {room} -> {self.feed.capacity}: {_why_room(self.feed.capacity > room)}")
+        if self.feed.num_threads != threads:
+            self._begin_trial(threads)
+        elif more:
+            self._loop.target_share = max(self._loop.target_share * SHORTER, LEAST_SHARE)
+
+    def _bound(self, threads: int, room: int, more: bool, waits: bool) -> None:
+        """Bound what the model may choose from."""
+        if self.feed.threads.tunable:
+            able = self._cpu_budget / max(self._processor_share(), 1e-3)
+            most = min(2 * threads, self._most_threads, int(able)) if more else threads
+            self.feed.threads.max = max(most, threads)
+            self.feed.threads.min = threads if self._held[False].holds(self._steps.total) else 1
+        if self.feed.room.tunable:
+            self.feed.room.max = self._most_room if waits else room
+
+    def _begin_trial(self, threads: int) -> None:
+        more = self.feed.num_threads > threads
+        why = f"the step waits {self._steps.waiting:.0%} of its time" if more else "the model needs no more"
+        self._note(f"num_threads {threads} -> {self.feed.num_threads}: {why}")
+        self._trial = _Trial(threads, more, self._steps.mean, self._steps.error)
+        self._forget(threads)
+
+    def _judge(self, trial: "_Trial") -> None:
+        """Keep or take back what is on trial, once the steps tell the two apart or have had their time."""
+        steps = self._steps
+        ratio = steps.mean / trial.mean
+        most = 1 - GAIN if trial.more else 1 + GAIN / 2
+        error = math.hypot(steps.error, trial.error) / trial.mean
+        if abs(ratio - most) < 2 * error and len(steps) < 4 * self._least():
+            return
+        threads = self.feed.num_threads
+        seen = f"{_ms(steps.mean)} a batch instead of {_ms(trial.mean)}"
+        self._trial = None
+        if ratio <= most:
+            self._held[trial.more].clear()
+            self._note(f"num_threads {threads} kept: {seen}")
+            self._loop.reset_period()
+            self._due = 0.0
+        else:
+            self._held[trial.more].extend(steps.total)
+            self.feed.put_back(trial.threads)
+            self._note(f"num_threads {threads} -> {trial.threads}, back: {seen}")
+            self._forget(threads)
+
+    def _forget(self, threads: int) -> None:
+        """Begin to measure anew, without the batches under way of the ``threads`` before."""
+        self._steps.clear(threads + self.feed.capacity + 1)
+        self._work.clear()
+        self._costs = None
+
+    def _costs_shifted(self) -> bool:
+        """Whether a batch or a step costs much more or less than when this was first seen with these numbers."""
+        if len(self._work) < SAMPLES:
+            return False
+        now = (statistics.fmean(busy for busy, _ in self._work), self._steps.recent_gap)
+        if self._costs is None:
+            self._costs = now
+        return not all(1 / SHIFT < new / max(old, 1e-9) < SHIFT for new, old in zip(now, self._costs, strict=True))
+
+    def _start_over(self) -> None:
+        for hold in self._held.values():
+            hold.clear()
+        self._loop.target_share = 1.0
+        self._loop.reset_period()
+        self._due = 0.0
+        self._forget(self.feed.num_threads)
+
+    def _processor_share(self) -> float:
+        """Return the share of its time that a worker is on a processor; a worker that waits leaves it to others."""
+        work = list(self._work)
+        busy = sum(busy for busy, _ in work)
+        return sum(processor for _, processor in work) / busy if busy else 1.0
+
+    def _note(self, why: str) -> None:
+        now = (self.feed.num_threads, self.feed.capacity)
+        self._log.append(Tuned(self._steps.total, self._clock() - self._started, *now, why))
+
+
+class _Trial(NamedTuple):
+    """What is compared: the threads before, whether more are tried, and the time per batch before with its error."""
+
+    threads: int
+    more: bool
+    mean: float
+    error: float
+
+
+class _Hold:
+    """How long no trial is made: twice as long each time, in steps."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._until, self._length = 0, HOLD
+
+    def extend(self, step: int) -> None:
+        self._until, self._length = step + self._length, 2 * self._length
+
+    def holds(self, step: int) -> bool:
+        return step < self._until
+
+
+def _why_room(more: bool) -> str:
+    return "it was seen empty and full" if more else "so much of it was never used"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+GONE = 0.03
+GAIN = 0.03
+SHIFT = 1.3
+HOLD = 200
+SHORTER = 0.8
+LEAST_SHARE = 0.3
+LEAST = 8
+SAMPLES = 16
+MOST_LOGGED = 64

@@ -1,0 +1,155 @@
+"""The tuner's contract, number by number, on a simulated pipeline: the model and the tuner are the real ones."""
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from simulator import Costs, Simulation
+
+from torchstage import AUTOTUNE, AutotuneAlgorithm, SmartStageOptions
+from torchstage.loaders._feed import Feed
+from torchstage.loaders._tuner import Tuner
+
+STEP = 0.010
+
+
+def constant(seconds: float) -> Callable[[int], float]:
+    return lambda _: seconds
+
+
+def noisy(seconds: float, seed: int = 0, spread: float = 0.2) -> Callable[[int], float]:
+    generator = random.Random(seed)
+    return lambda _: seconds * generator.lognormvariate(0.0, spread)
+
+
+def costs(stage: float, read: float = 0.0005, step: float = STEP, **on_processor: bool) -> Costs:
+    return Costs(constant(read), constant(stage), constant(step), **on_processor)
+
+
+def tuned(costs: Costs, processors: float = float("inf"), **options: Any) -> Simulation:
+    """Return a simulation that a tuner of its own tunes."""
+    given = {"capacity": AUTOTUNE, "num_threads": AUTOTUNE, "cpu_budget": 8, "ram_budget": 10**9, **options}
+    chosen = SmartStageOptions(**given)
+    feed = Feed(chosen, [], "simulated")
+    simulation = Simulation(costs, feed.num_threads, feed.capacity, processors)
+    simulation.tuner = Tuner(chosen, feed, clock=lambda: simulation.now)
+    simulation.tuner.begin()
+    return simulation
+
+
+def changes(simulation: Simulation) -> list[str]:
+    assert simulation.tuner is not None
+    return [change.why for change in simulation.tuner.figures().changes]
+
+
+def threads(simulation: Simulation) -> int:
+    assert simulation.tuner is not None
+    return simulation.tuner.figures().num_threads
+
+
+def best(costs: Costs, first: int, batches: int, processors: float = float("inf")) -> float:
+    """Return the seconds per batch of the best fixed numbers."""
+    return min(
+        Simulation(costs, count, capacity, processors).run(batches).seconds_per_batch(first)
+        for count in range(1, 9)
+        for capacity in (1, 2, 4, 8, 16)
+    )
+
+
+def test_1_nothing_is_added_while_the_loop_does_not_wait() -> None:
+    simulation = tuned(costs(stage=0.8 * STEP)).run(1000)
+    assert threads(simulation) == 1
+    assert not any(
+        "->" in change and "back" not in change and "num_threads" in change for change in changes(simulation)
+    )
+
+
+def test_2_threads_are_added_a_step_at_a_time_up_to_what_is_needed() -> None:
+    simulation = tuned(costs(stage=5.5 * STEP)).run(200)
+    steps = [change for change in changes(simulation) if "->" in change and "num_threads" in change]
+    assert [step.split(":")[0] for step in steps][:2] == ["num_threads 1 -> 2", "num_threads 2 -> 4"]
+    assert threads(simulation) in (6, 7)
+
+
+def test_2_no_more_than_the_bound() -> None:
+    assert threads(tuned(costs(stage=8 * STEP), max_num_threads=3).run(400)) == 3
+
+
+def test_2_no_more_threads_than_the_processors_can_run() -> None:
+    simulation = tuned(costs(stage=8 * STEP, stage_on_processor=True), cpu_budget=2)
+    assert threads(simulation.run(400)) == 2
+
+
+def test_2_threads_that_wait_take_no_processor() -> None:
+    assert threads(tuned(costs(stage=7.5 * STEP), cpu_budget=1).run(400)) == 8
+
+
+def test_3_what_does_not_help_is_taken_back_and_held_off_twice_as_long() -> None:
+    """One processor for everything: a second thread cannot help, whatever the model says."""
+    busy = costs(stage=2 * STEP, stage_on_processor=True, step_on_processor=True)
+    simulation = tuned(busy, processors=1).run(2500)
+    assert simulation.tuner is not None
+    log = simulation.tuner.figures().changes
+    back = [change.batch for change in log if "back" in change.why]
+    assert threads(simulation) == 1
+    assert len(back) >= 3
+    gaps = [after - before for before, after in itertools.pairwise(back)]
+    assert all(later >= 1.5 * earlier for earlier, later in itertools.pairwise(gaps))
+
+
+def test_3_fewer_threads_stay_if_a_batch_takes_no_longer() -> None:
+    """The stage gets cheaper: what was needed before is given back."""
+    stage = lambda i: 4 * STEP if i < 300 else 0.5 * STEP  # noqa: E731
+    simulation = tuned(Costs(constant(0.0005), stage, constant(STEP)))
+    assert threads(simulation.run(290)) >= 4
+    assert threads(simulation.run(900)) == 1
+    assert simulation.seconds_per_batch(600) < 1.02 * STEP
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 4.0), (4.0, 0.3), (1.5, 7.0)])
+def test_4_a_change_of_the_stages_cost_is_answered_within_200_batches(before: float, after: float) -> None:
+    stage = lambda i: (before if i < 300 else after) * STEP  # noqa: E731
+    simulation = tuned(Costs(constant(0.0005), stage, constant(STEP))).run(700)
+    assert simulation.seconds_per_batch(500) <= best(costs(stage=after * STEP), 200, 400) / 0.95
+
+
+def test_5_the_model_is_asked_less_and_less_often() -> None:
+    simulation = tuned(costs(stage=0.5 * STEP)).run(20_000)  # 200 s
+    assert simulation.tuner is not None
+    assert simulation.tuner.figures().asked <= 16  # 10 ms, doubled until 60 s, and every 60 s
+
+
+def test_6_a_loop_that_still_waits_gets_more_than_the_model_thinks_it_needs() -> None:
+    """Two threads are as fast as the step in the mean, and not when the times vary."""
+    varying = Costs(noisy(0.0005, 1), noisy(1.9 * STEP, 2, 0.5), constant(STEP))
+    simulation = tuned(varying).run(600)
+    assert threads(simulation) > 2
+
+
+@pytest.mark.parametrize("factor", [0.2, 0.5, 0.8, 1.0, 1.5, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_throughput_after_200_batches_is_near_the_best_of_the_grid(factor: float, spread: float) -> None:
+    def made() -> Costs:
+        return Costs(noisy(0.05 * STEP, 0, spread), noisy(factor * STEP, 1, spread), noisy(STEP, 2, spread))
+
+    fastest = min(
+        Simulation(made(), count, capacity).run(400).seconds_per_batch(200)
+        for count in range(1, 9)
+        for capacity in (1, 2, 4, 8, 16)
+    )
+    assert tuned(made()).run(400).seconds_per_batch(200) <= fastest / 0.95
+
+
+@pytest.mark.parametrize("algorithm", [a for a in AutotuneAlgorithm if a != AutotuneAlgorithm.GRADIENT_DESCENT])
+def test_every_algorithm_is_kept_from_doing_harm(algorithm: AutotuneAlgorithm) -> None:
+    busy = costs(stage=0.9 * STEP, stage_on_processor=True, step_on_processor=True)
+    plain = Simulation(busy, 1, 2, 2).run(1200).seconds_per_batch(0)
+    assert tuned(busy, 2, autotune_algorithm=algorithm, cpu_budget=2).run(1200).seconds_per_batch(0) <= plain / 0.98
+
+
+def test_what_is_fixed_stays_fixed() -> None:
+    simulation = tuned(costs(stage=8 * STEP), num_threads=2).run(300)
+    assert threads(simulation) == 2
+    assert not [change for change in changes(simulation) if "num_threads" in change]

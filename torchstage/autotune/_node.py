@@ -1,0 +1,319 @@
+"""A node of the model: its place in the tree, and how times and bytes are summed up over it (sections 3.5, 6, 7 and 8).
+
+What a kind of node costs is in `_kinds`, and what is recorded in `_recorded`; here is what all kinds share. Trees may be
+deep, so that nothing recurses: tables are filled from the root down, or in the reverse order.
+"""
+
+import abc
+import collections
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torchstage.autotune._metrics import Metrics
+from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
+from torchstage.autotune._recorded import Recorded
+
+MODEL_INPUT_TIME = "model_input_time"
+"""The entry of a table of input times that stands for the consumer of the root."""
+
+Gradients = dict[tuple[str, str], float]
+Times: TypeAlias = Any  # a float, or a float64 vector with an entry for each candidate of a search
+Predicate = Callable[["Node"], bool]
+
+
+class NodeKind(enum.IntEnum):
+    """The kinds, with their numbers in a saved model (section 12.2)."""
+
+    UNKNOWN = 0
+    INTERLEAVE_MANY = 1
+    ASYNC_INTERLEAVE_MANY = 2
+    KNOWN_RATIO = 3
+    ASYNC_KNOWN_RATIO = 4
+    UNKNOWN_RATIO = 5
+    ASYNC_UNKNOWN_RATIO = 6
+
+
+class NodeArgs(NamedTuple):
+    """What a factory of nodes is called with."""
+
+    id: int
+    name: str
+    output: "Node | None" = None
+
+
+class Slope(NamedTuple):
+    """How the output time of a node depends on what is below and on its own parameters (section 6)."""
+
+    scale: float | None
+    """What gradients of the subtree are multiplied by; None drops them."""
+
+    deriv: float | None
+    """By the input time; None where it is not set."""
+
+    own: tuple[tuple[str, float], ...] = ()
+    """By the node's own parameters."""
+
+
+def any_node(_: "Node") -> bool:
+    """Predicate of a traversal: every node."""
+    return True
+
+
+def autotune_nodes(node: "Node") -> bool:
+    """Predicate of a traversal: nodes that are on."""
+    return node.autotune
+
+
+def sync_nodes(node: "Node") -> bool:
+    """Predicate of a traversal: synchronous nodes."""
+    return not node.is_async
+
+
+def async_nodes(node: "Node") -> bool:
+    """Predicate of a traversal: asynchronous nodes."""
+    return node.is_async
+
+
+class Node(Recorded, abc.ABC):
+    """An operator of a pipeline. Any thread may record.
+
+    Args:
+        args: id, name, and the node's consumer. To be among the consumer's inputs is another matter, see `add_input`.
+        parameters: what its cost depends on.
+
+    Raises:
+        ValueError: two parameters have the same name.
+    """
+
+    kind: NodeKind
+
+    def __init__(self, args: NodeArgs, parameters: Iterable[Parameter] = ()) -> None:
+        super().__init__()
+        self.id, self.name, self.output = args
+        self.long_name = f"{self.name}(id:{self.id})"
+        self.autotune = True
+        self.parameters: dict[str, Parameter] = {}
+        for parameter in parameters:
+            if parameter.name in self.parameters:
+                raise ValueError(f"the parameters of a node must differ in name. Found: {parameter.name!r} twice.")
+            self.parameters[parameter.name] = parameter
+        self.history_sum, self.history_count = 0.0, 0
+        self.record_metrics = True
+        self.metrics: Metrics | None = None
+        self._flushed = (0.0, 0.0, 0)
+        self._inputs: list[Node] = []
+
+    def __del__(self) -> None:
+        if getattr(self, "metrics", None) is not None:
+            self.flush_metrics()
+
+    def __repr__(self) -> str:
+        return f"<{self.kind.name} {self.long_name}>"
+
+    # What the kinds define.
+
+    @abc.abstractmethod
+    def ratio(self) -> float:
+        """Return how many input elements an output element needs (section 4); 0 if unknown."""
+
+    @abc.abstractmethod
+    def input_time_of(self, inherited: Times) -> Times:
+        """Return the input time that the inputs inherit, nanoseconds (section 4.1)."""
+
+    @abc.abstractmethod
+    def output_time_of(self, input_time: Times, below: Times) -> Times:
+        """Return the nanoseconds per element (section 4.2).
+
+        Args:
+            input_time: the node's own, X.
+            below: the sum of the output times of `counted_inputs`.
+        """
+
+    @abc.abstractmethod
+    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:
+        """Return the derivatives of `output_time_of` (section 6); ``deriv`` is the sum of those of `counted_inputs`."""
+
+    @abc.abstractmethod
+    def processing_time_of(self, below: float) -> float:
+        """Return the processor time per element from the history-weighted sum of the inputs' (section 4.3)."""
+
+    def maximum_buffered_bytes(self) -> float:
+        """Return the most bytes that the node itself may buffer (section 4.4)."""
+        return 0.0
+
+    @property
+    def counted_inputs(self) -> Sequence["Node"]:
+        """The inputs whose times count in this node's."""
+        return [node for node in self.inputs if node.autotune]
+
+    # The tree.
+
+    @property
+    def inputs(self) -> tuple["Node", ...]:
+        """The inputs, in order."""
+        return tuple(self._inputs)
+
+    def add_input(self, node: "Node") -> None:
+        """Append an input."""
+        with self._lock:
+            self._inputs.append(node)
+
+    def remove_input(self, node: "Node") -> None:
+        """Remove that object from the inputs, if it is among them."""
+        with self._lock:
+            self._inputs = [other for other in self._inputs if other is not node]
+
+    def collect_nodes(
+        self, order: Literal["breadth_first", "reverse"] = "breadth_first", predicate: Predicate = any_node
+    ) -> list["Node"]:
+        """Return the nodes below this one in breadth-first or in reverse order (section 3.5).
+
+        A node for which ``predicate`` does not hold is left out with all that is below it.
+        """
+        found: list[Node] = []
+        waiting = collections.deque([self])
+        while waiting:
+            chosen = [node for node in waiting.popleft().inputs if predicate(node)]
+            found += chosen
+            waiting += chosen
+        return found if order == "breadth_first" else found[::-1]
+
+    # Parameters (sections 2 and 3.4).
+
+    def compute_self_time(self) -> float:
+        """Return the newest nanoseconds per element, shared by the parallel workers of an asynchronous kind."""
+        if not self.num_elements:
+            return 0.0
+        return self.processing_time_ema / float(self.value_of(PARALLELISM, 1.0) if self.is_async else 1.0)
+
+    def value_of(self, name: str, default: float) -> float:
+        """Return the model value of a parameter, or ``default`` if the node has none of that name."""
+        parameter = self.parameters.get(name)
+        return default if parameter is None else parameter.value
+
+    def parameter_value(self, name: str) -> float:
+        """Return the model value of a parameter (D7).
+
+        Raises:
+            KeyError: the node has no parameter of that name.
+        """
+        if name not in self.parameters:
+            there = ", ".join(map(repr, self.parameters)) or "none"
+            raise KeyError(f"{self.long_name} has no parameter {name!r}. Its parameters: {there}.")
+        return self.parameters[name].value
+
+    def has_tunable_parameters(self) -> bool:
+        """Whether any parameter may be chosen by the model."""
+        return any(parameter.tunable for parameter in self.parameters.values())
+
+    def collect_node_tunable_parameters(self) -> list[tuple["Node", Parameter]]:
+        """Return the node's tunable parameters; none while it is off or has no elements (section 3.5)."""
+        if not self.autotune or not self.num_elements:
+            return []
+        return [(self, parameter) for parameter in self.parameters.values() if parameter.tunable]
+
+    def collect_tunable_parameters(self) -> list[tuple["Node", Parameter]]:
+        """Return the tunable parameters of the subtree, leaves first (section 3.5)."""
+        nodes = [*self.collect_nodes("reverse", autotune_nodes), self]
+        return [pair for node in nodes for pair in node.collect_node_tunable_parameters()]
+
+    # Times (sections 6 and 7).
+
+    def input_time(self, input_times: Mapping[str, float]) -> float:
+        """Return the input time that this node's inputs inherit, nanoseconds, given that of its consumer (section 4.1)."""
+        consumer = MODEL_INPUT_TIME if self.output is None else self.output.long_name
+        return float(self.input_time_of(input_times.get(consumer, 0.0)))
+
+    def output_time(self, input_times: dict[str, float], gradients: Gradients | None = None) -> float:
+        """Return the nanoseconds per element of the subtree (section 6).
+
+        Args:
+            input_times: by long name; holds `MODEL_INPUT_TIME`, and gets the entry of every node that is evaluated.
+            gradients: gets the derivative by each tunable parameter, keyed by the node's long name and the parameter's.
+        """
+        nodes = [self, *self.collect_nodes(predicate=autotune_nodes)]
+        for node in nodes:
+            input_times[node.long_name] = node.input_time(input_times)
+        outputs: dict[str, Times] = {}
+        derivs: dict[str, float] = {}
+        for node in reversed(nodes):
+            counted = [other.long_name for other in node.counted_inputs]
+            own, below = input_times[node.long_name], sum(map(outputs.__getitem__, counted))
+            outputs[node.long_name] = node.output_time_of(own, below)
+            if gradients is not None:
+                slope = node.slope_of(own, below, sum(map(derivs.__getitem__, counted)))
+                derivs[node.long_name] = slope.deriv or 0.0
+                node._apply(slope, gradients)
+        return float(outputs[self.long_name])
+
+    def _apply(self, slope: Slope, gradients: Gradients) -> None:
+        """Rescale the gradients of the subtree, and enter the node's own (section 6)."""
+        counted = set(self.counted_inputs)
+        for child in filter(autotune_nodes, self.inputs):
+            for node, parameter in child.collect_tunable_parameters():
+                key = (node.long_name, parameter.name)
+                if slope.scale is None:
+                    gradients.pop(key, None)
+                elif child not in counted:
+                    gradients[key] = 0.0
+                elif key in gradients:
+                    gradients[key] *= slope.scale
+        for name, value in slope.own:
+            if self.parameters[name].tunable:
+                gradients[self.long_name, name] = value
+
+    def total_processing_time(self, processing_times: dict[str, float] | None = None) -> float:
+        """Return the nanoseconds of processing per element of the subtree, whatever the parallelism (section 7).
+
+        Changes the input history of the nodes.
+
+        Args:
+            processing_times: gets the self processing time of every node that is evaluated, by long name.
+        """
+        totals: dict[str, float] = {}
+        for node in [*self.collect_nodes("reverse", autotune_nodes), self]:
+            below = sum(node._with_prior(other, totals[other.long_name]) for other in node.counted_inputs)
+            totals[node.long_name] = node.processing_time_of(below)
+            if processing_times is not None:
+                processing_times[node.long_name] = node.self_processing_time()
+        return totals[self.long_name]
+
+    def _with_prior(self, node: "Node", total: float) -> float:
+        """Return the processing time of an input; of one with few elements mixed with what inputs took (section 7.2)."""
+        count = node.num_elements
+        if count >= FEW_ELEMENTS:
+            self.history_count += 1
+            self.history_sum += total
+            return total
+        if self.history_count < FEW_SAMPLES:
+            return total
+        weight = 1 / 2 ** (count + 1)
+        return float((1 - weight) * total + weight * self.history_sum / self.history_count)
+
+    # Memory (section 8).
+
+    def total_buffered_bytes(self) -> float:
+        """Return the bytes that are buffered in the subtree."""
+        buffers = [n for n in self._nodes_on() if BUFFER_SIZE in n.parameters or PARALLELISM in n.parameters]
+        return float(sum(node.buffered_bytes for node in buffers))
+
+    def total_maximum_buffered_bytes(self) -> float:
+        """Return the most bytes that the subtree may buffer. Buffers without a parameter are not seen (D20)."""
+        return sum(node.maximum_buffered_bytes() for node in self._nodes_on())
+
+    def _nodes_on(self) -> list["Node"]:
+        return [self, *self.collect_nodes(predicate=autotune_nodes)] if self.autotune else []
+
+    def flush_metrics(self) -> None:
+        """Add what came since the last flush to the model's counters (section 12.4)."""
+        if self.metrics is None or not self.record_metrics:
+            return
+        with self._lock:
+            now, before = (self.bytes_consumed, self.bytes_produced, self.num_elements), self._flushed
+            self._flushed = now
+        self.metrics.add(self.name, now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+
+FEW_ELEMENTS = 30
+FEW_SAMPLES = 30
