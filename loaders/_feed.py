@@ -7,6 +7,7 @@ by all workers, and the loader is a stage of its own whose parallelism is fixed 
 as fast as the loader.
 """
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchstage.autotune import (
     make_parameter,
     publish,
 )
+from torchstage.errors import OptionError
 from torchstage.options import SmartStageOptions
 
 
@@ -51,6 +53,22 @@ class Feed:
         if ahead := _read_ahead(loader):
             fixed.append(make_parameter(BUFFER_SIZE, SharedState(ahead), ahead, ahead))
         self._loader = self.model.add_node(_asynchronous(0.0, *fixed), "loader", self._stage)
+        if options.warm_start is not None:
+            self._begin_with(options.warm_start)
+
+    def _begin_with(self, path: str | os.PathLike[str]) -> None:
+        """Publish what a saved model had chosen, within the bounds of this one."""
+        try:
+            saved = {node.name: node for node in Model.load(path)[0].nodes}
+            chosen = [saved["stage"].parameter_value(PARALLELISM), saved["buffer"].parameter_value(BUFFER_SIZE)]
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"warm_start must be a file that loader.model.save(path) wrote. Found: {os.fspath(path)!r}, {error}"
+            ) from error
+        for parameter, value in zip((self.threads, self.room), chosen, strict=True):
+            if parameter.tunable:
+                parameter.value = min(max(int(value), parameter.min), parameter.max)
+                parameter.publish()
 
     @property
     def num_threads(self) -> int:

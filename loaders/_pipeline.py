@@ -122,8 +122,8 @@ class Pipeline:
                 if number not in self._crew:
                     name = f"torchstage-{self.recorder.name}-{number}"
                     thread = threading.Thread(target=_work, args=(self, number), name=name, daemon=True)
-                    self._crew[number] = thread
                     thread.start()
+                    self._crew[number] = thread
 
     def stays(self, number: int) -> bool:
         """Whether worker ``number`` is to go on; if not, it must end."""
@@ -258,8 +258,15 @@ class Pipeline:
     def _obey(self, feed: Feed) -> None:
         """Take on the published sizes."""
         wanted = (feed.num_threads, feed.capacity)
-        if wanted != (self._num_threads, self.channel.capacity):
+        if wanted == (self._num_threads, self.channel.capacity):
+            return
+        try:
             self.resize(*wanted)
+        except RuntimeError as error:  # the system has no more threads; those that there are go on
+            with self._crew_lock:
+                self._num_threads = max(self._crew, default=0) + 1
+            feed.put_back(self._num_threads)
+            self.recorder.warn_once("threads", TorchstageWarning, f"no more threads can be started: {error}")
 
     def _put(self, index: int, item: Item) -> None:
         timeout = self.options.timeout_millis / 1e3

@@ -5,6 +5,21 @@ import itertools
 import math
 import statistics
 import threading
+from typing import NamedTuple
+
+
+class Figures(NamedTuple):
+    """Mean seconds per batch that the loop takes itself and that it waits, each with its standard error."""
+
+    gap: float
+    gap_error: float
+    wait: float
+    wait_error: float
+
+    @property
+    def period(self) -> float:
+        """Seconds per batch."""
+        return self.gap + self.wait
 
 
 class Steps:
@@ -42,16 +57,10 @@ class Steps:
     def __len__(self) -> int:
         return len(self._gaps)
 
-    @property
-    def mean(self) -> float:
-        """Mean seconds per batch."""
-        return statistics.fmean(self._times())
-
-    @property
-    def error(self) -> float:
-        """Standard error of `mean`."""
-        times = self._times()
-        return statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else math.inf
+    def figures(self) -> Figures:
+        """Return the means and their standard errors."""
+        with self._lock:
+            return Figures(*_mean(self._gaps), *_mean(self._waits))
 
     @property
     def waiting(self) -> float:
@@ -65,9 +74,10 @@ class Steps:
         with self._lock:
             return statistics.fmean(list(self._gaps)[-RECENT:])
 
-    def _times(self) -> list[float]:
-        with self._lock:
-            return [gap + wait for gap, wait in zip(self._gaps, self._waits, strict=True)]
+
+def _mean(values: collections.deque[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return statistics.fmean(values), error
 
 
 MOST = 64

@@ -11,7 +11,8 @@ Contract (tests/test_tuner.py has a test per number).
  2. One step at a time. A change at most doubles the threads, within ``max_num_threads``, and at most as many threads as
     the processors of ``cpu_budget`` can run, by the share of its time that a worker is on a processor.
  3. Every change of the threads is a trial. More of them stay if a batch takes at least `GAIN` less time, fewer stay if it
-    takes hardly more; else the numbers before come back and the next trial is held off, twice as long each time.
+    takes hardly more; else the numbers before come back and the next trial is held off, twice as long each time. Nor
+    is what was just added given back at once.
  4. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
  5. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
     that was kept begins again with 10 ms.
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 from torchstage.autotune import AutotuneAlgorithm, OptimizationLoop, default_cpu_budget, default_ram_budget
 from torchstage.loaders._feed import Feed
-from torchstage.loaders._steps import Steps
+from torchstage.loaders._steps import Figures, Steps
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Tuned, Tuning
 
@@ -63,6 +64,7 @@ class Tuner:
         self._due = 0.0
         self._log: collections.deque[Tuned] = collections.deque(maxlen=MOST_LOGGED)
         self._asked = 0
+        self._asked_at = 0
         self._seconds = 0.0
         self._started = clock()
 
@@ -98,7 +100,7 @@ class Tuner:
                 self._judge(self._trial)
             elif self._costs_shifted():
                 self._start_over()
-            elif self._clock() >= self._due:
+            elif self._clock() >= self._due or self._waits_on():
                 self._ask()
             return before != (self.feed.num_threads, self.feed.capacity)
         finally:
@@ -112,17 +114,30 @@ class Tuner:
         """How many steps say something: batches of several workers come in bursts."""
         return max(LEAST, 2 * self.feed.num_threads)
 
+    def _may_add(self) -> bool:
+        """Contract 1 and 3."""
+        return self._steps.waiting > GONE and not self._held[True].holds(self._steps.total)
+
+    def _waits_on(self) -> bool:
+        """Whether the loop has gone on waiting for a while since the model was asked."""
+        return self._steps.total - self._asked_at >= 2 * self._least() and self._room_for_more() and self._may_add()
+
+    def _room_for_more(self) -> bool:
+        feed = self.feed
+        return (feed.threads.tunable and feed.num_threads < self._most_threads) or (
+            feed.room.tunable and feed.capacity < self._most_room
+        )
+
     def _ask(self) -> None:
         """Let the model publish what it thinks best, within the bounds of contract 1 and 2."""
         started = time.perf_counter()
-        steps = self._steps
         threads, room = self.feed.num_threads, self.feed.capacity
-        waits = steps.waiting > GONE
-        more = waits and not self._held[True].holds(steps.total)
-        self._bound(threads, room, more, waits)
+        more = self._may_add()
+        self._bound(threads, room, more)
         self._loop.step()
         self._due = self._clock() + self._loop.period_ms / 1e3
         self._asked += 1
+        self._asked_at = self._steps.total
         self._seconds += time.perf_counter() - started
         if self.feed.capacity != room:
             self._note(f"capacity {room} -> {self.feed.capacity}: {_why_room(self.feed.capacity > room)}")
@@ -131,7 +146,7 @@ class Tuner:
         elif more:
             self._loop.target_share = max(self._loop.target_share * SHORTER, LEAST_SHARE)
 
-    def _bound(self, threads: int, room: int, more: bool, waits: bool) -> None:
+    def _bound(self, threads: int, room: int, more: bool) -> None:
         """Bound what the model may choose from."""
         if self.feed.threads.tunable:
             able = self._cpu_budget / max(self._processor_share(), 1e-3)
@@ -139,33 +154,39 @@ class Tuner:
             self.feed.threads.max = max(most, threads)
             self.feed.threads.min = threads if self._held[False].holds(self._steps.total) else 1
         if self.feed.room.tunable:
-            self.feed.room.max = self._most_room if waits else room
+            self.feed.room.max = self._most_room if self._steps.waiting > GONE else room
 
     def _begin_trial(self, threads: int) -> None:
         more = self.feed.num_threads > threads
         why = f"the step waits {self._steps.waiting:.0%} of its time" if more else "the model needs no more"
         self._note(f"num_threads {threads} -> {self.feed.num_threads}: {why}")
-        self._trial = _Trial(threads, more, self._steps.mean, self._steps.error)
+        self._trial = _Trial(threads, more, self._steps.figures())
         self._forget(threads)
 
     def _judge(self, trial: "_Trial") -> None:
         """Keep or take back what is on trial, once the steps tell the two apart or have had their time."""
-        steps = self._steps
-        ratio = steps.mean / trial.mean
-        most = 1 - GAIN if trial.more else 1 + GAIN / 2
-        error = math.hypot(steps.error, trial.error) / trial.mean
-        if abs(ratio - most) < 2 * error and len(steps) < 4 * self._least():
+        before, now, threads = trial.before, self._steps.figures(), self.feed.num_threads
+        most = (-GAIN if trial.more else GAIN) * before.period
+        # What the loop waits is what threads are for, and its own time must not get longer: seen apart, since the noise of
+        # the second would drown the first.
+        wait, wait_error = now.wait - before.wait, 2 * math.hypot(now.wait_error, before.wait_error)
+        step, step_error = now.gap - before.gap, 2 * math.hypot(now.gap_error, before.gap_error)
+        worst = wait + wait_error + max(step + step_error, 0.0)
+        best = wait - wait_error + max(step - step_error, 0.0)
+        if best <= most < worst and len(self._steps) < 4 * self._least():
             return
-        threads = self.feed.num_threads
-        seen = f"{_ms(steps.mean)} a batch instead of {_ms(trial.mean)}"
+        change = wait + (step if step > step_error else 0.0)
+        seen = f"{_ms(now.period)} a batch instead of {_ms(trial.before.period)}"
         self._trial = None
-        if ratio <= most:
+        if change <= most:
             self._held[trial.more].clear()
+            if trial.more:
+                self._held[False].extend(self._steps.total)  # what was just needed is not given back at once
             self._note(f"num_threads {threads} kept: {seen}")
             self._loop.reset_period()
             self._due = 0.0
         else:
-            self._held[trial.more].extend(steps.total)
+            self._held[trial.more].extend(self._steps.total)
             self.feed.put_back(trial.threads)
             self._note(f"num_threads {threads} -> {trial.threads}, back: {seen}")
             self._forget(threads)
@@ -205,12 +226,11 @@ class Tuner:
 
 
 class _Trial(NamedTuple):
-    """What is compared: the threads before, whether more are tried, and the time per batch before with its error."""
+    """What is on trial: the threads before, whether more are tried, and what the steps took before."""
 
     threads: int
     more: bool
-    mean: float
-    error: float
+    before: Figures
 
 
 class _Hold:
@@ -238,7 +258,7 @@ def _ms(seconds: float) -> str:
 
 
 GONE = 0.03
-GAIN = 0.03
+GAIN = 0.01
 SHIFT = 1.3
 HOLD = 200
 SHORTER = 0.8

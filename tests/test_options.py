@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchstage import SmartStageOptions, options
+from torchstage import AUTOTUNE, AutotuneAlgorithm, SmartStageOptions, options
 from torchstage.errors import OptionError
 
 NAMES_AND_DEFAULTS = {
@@ -28,10 +28,18 @@ NAMES_AND_DEFAULTS = {
     "on_timeout": "drop",
     "lookups": "auto",
     "max_staleness": None,
+    "autotune_algorithm": AutotuneAlgorithm.DEFAULT,
+    "cpu_budget": 0,
+    "ram_budget": 0,
+    "max_capacity": 16,
+    "max_num_threads": 8,
+    "warm_start": None,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"
+TUNABLE = "must be a whole number >= 1 or AUTOTUNE"
 AT_LEAST_0 = "must be a whole number >= 0"
+ALGORITHM = "must be an AutotuneAlgorithm, for example AutotuneAlgorithm.HILL_CLIMB"
 FLAG = "must be True or False"
 CLASSES = "must be a tuple of exception classes, for example (ValueError,)"
 
@@ -53,11 +61,14 @@ def test_options_cannot_be_changed_after_they_are_made() -> None:
 @pytest.mark.parametrize(
     ("name", "rule", "value"),
     [
-        *[(name, AT_LEAST_1, 0) for name in ("capacity", "num_threads", "num_clients", "timeout_millis")],
-        *[(name, AT_LEAST_1, True) for name in ("capacity", "num_threads", "num_clients", "timeout_millis")],
-        ("capacity", AT_LEAST_1, -3),
-        ("capacity", AT_LEAST_1, 1.0),
-        ("num_threads", AT_LEAST_1, "2"),
+        *[(name, TUNABLE, value) for name in ("capacity", "num_threads") for value in (0, True, -3, 1.0, -1.0, "2")],
+        *[(name, AT_LEAST_1, 0) for name in ("num_clients", "timeout_millis", "max_capacity", "max_num_threads")],
+        *[(name, AT_LEAST_1, True) for name in ("num_clients", "timeout_millis", "max_capacity", "max_num_threads")],
+        *[("max_capacity", AT_LEAST_1, -1), ("cpu_budget", AT_LEAST_0, -1), ("ram_budget", AT_LEAST_0, 0.5)],
+        ("autotune_algorithm", ALGORITHM, "HILL_CLIMB"),
+        ("autotune_algorithm", ALGORITHM, 1),
+        ("warm_start", "must be None or the path of a saved model", 3),
+        ("warm_start", "must be None or the path of a saved model", ""),
         ("num_clients", AT_LEAST_1, None),
         ("timeout_millis", AT_LEAST_1, float("inf")),
         ("stage_subgraph_thread_pool_id", AT_LEAST_0, -1),
@@ -153,7 +164,7 @@ def test_of_replaces_single_options_and_leaves_the_given_ones_alone() -> None:
 
 
 def test_of_validates_what_it_replaces() -> None:
-    with pytest.raises(OptionError, match=r"^num_threads must be a whole number >= 1\. Found: 0\.$"):
+    with pytest.raises(OptionError, match=r"^num_threads must be a whole number >= 1 or AUTOTUNE\. Found: 0\.$"):
         SmartStageOptions.of(SmartStageOptions(), {"num_threads": 0})
 
 
@@ -191,3 +202,21 @@ def test_max_staleness_is_refused_where_no_row_is_stale(lookups: str) -> None:
     with pytest.raises(OptionError, match=f"max_staleness needs lookups=\"stale\".*Found: '{lookups}'."):
         SmartStageOptions(lookups=lookups, max_staleness=2)  # type: ignore[arg-type]
     assert SmartStageOptions(lookups="stale", max_staleness=0).max_staleness == 0
+
+
+def test_a_warm_start_needs_something_to_tune() -> None:
+    with pytest.raises(
+        OptionError, match=r"^warm_start needs capacity=AUTOTUNE or num_threads=AUTOTUNE: fixed numbers have"
+    ):
+        SmartStageOptions(warm_start="model.json")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "num_threads", "batches"), [(3, 2, 5), (AUTOTUNE, 2, 18), (3, AUTOTUNE, 11), (AUTOTUNE, AUTOTUNE, 24)]
+)
+def test_memory_is_bounded_by_the_numbers_or_by_the_bounds_of_those_that_are_tuned(
+    capacity: int, num_threads: int, batches: int
+) -> None:
+    made = SmartStageOptions(capacity=capacity, num_threads=num_threads)
+    assert made.most_batches == batches
+    assert made.tuned is (AUTOTUNE in (capacity, num_threads))

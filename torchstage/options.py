@@ -81,7 +81,7 @@ class SmartStageOptions:
 
     max_staleness: int | None = None
     """With ``lookups="stale"``: the most optimizer steps that a gathered row may miss; rows that would miss more are
-    gathered in the step. None: ``capacity + num_threads``."""
+    gathered in the step. None: ``most_batches``, which is ``capacity + num_threads`` or the bounds of the two."""
 
     autotune_algorithm: AutotuneAlgorithm = AutotuneAlgorithm.DEFAULT
     """How the performance model searches, where ``capacity`` or ``num_threads`` is `AUTOTUNE`. ``DEFAULT`` is
@@ -110,6 +110,11 @@ class SmartStageOptions:
         rule = "must be an AutotuneAlgorithm, for example AutotuneAlgorithm.HILL_CLIMB"
         _require("autotune_algorithm", self.autotune_algorithm, lambda v: isinstance(v, AutotuneAlgorithm), rule)
         _require("warm_start", self.warm_start, _is_path, "must be None or the path of a saved model")
+        if self.warm_start is not None and not self.tuned:
+            raise OptionError(
+                "warm_start needs capacity=AUTOTUNE or num_threads=AUTOTUNE: fixed numbers have nothing to begin with. "
+                f"Found: {os.fspath(self.warm_start)!r}."
+            )
         for name in ("use_stage_subgraph_thread_pool", "do_smart_stage"):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
