@@ -104,6 +104,10 @@ class Feed:
         if gap is not None:
             self.model.record_iterator_gap_time(gap * 1e6)
 
+    def forget_buffer(self) -> None:
+        """Forget how empty and how full the buffer was."""
+        self._buffer.reset_buffer_watermarks()
+
     def put_back(self, num_threads: int) -> None:
         """Publish a number of workers that was in force before."""
         self.threads.value = num_threads

@@ -252,11 +252,19 @@ class Pipeline:
         self._put(index, Item(index, batch, bound))
         self._in_hand.pop(index, None)
         if self._tuner is not None:
-            self._tuner.tick()
-            self._obey(self._tuner.feed)
+            self._tune(self._tuner)
+
+    def _tune(self, tuner: Tuner) -> None:
+        """Let the tuner decide, and take on what is published. A flaw in it must not cost the user's run."""
+        try:
+            tuner.tick()
+            self._obey(tuner.feed)
+        except Exception as error:  # noqa: BLE001
+            self._tuner = None
+            told = f"tuning failed and is off until the next epoch: {error!r}"
+            self.recorder.warn_once("tuning", TorchstageWarning, told)
 
     def _obey(self, feed: Feed) -> None:
-        """Take on the published sizes."""
         wanted = (feed.num_threads, feed.capacity)
         if wanted == (self._num_threads, self.channel.capacity):
             return

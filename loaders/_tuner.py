@@ -8,15 +8,17 @@ Contract (tests/test_tuner.py has a test per number).
 
  1. Waiting is the reason. While the training loop waits for less than `GONE` of its time, no thread and no room is
     added.
- 2. One step at a time. A change at most doubles the threads, within ``max_num_threads``, and at most as many threads as
-    the processors of ``cpu_budget`` can run, by the share of its time that a worker is on a processor.
+ 2. Not too many at once. A change adds at most as many threads as would end the waiting if each did as much as those there
+    are (and doubles them at least), within ``max_num_threads``, and no more than the processors of ``cpu_budget`` can run, by
+    the share of its time that a worker is on a processor. If more than the double did not help, half of that is tried next.
  3. Every change of the threads is a trial. More of them stay if a batch takes at least `GAIN` less time, fewer stay if it
     takes hardly more; else the numbers before come back and the next trial is held off, twice as long each time. Nor
     is what was just added given back at once.
- 4. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
- 5. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
+ 4. Room is given back only after `LONG` batches in which it was never used.
+ 5. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
+ 6. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
     that was kept begins again with 10 ms.
- 6. If the model thinks that there is enough and the loop still waits, it is asked for a shorter time per batch.
+ 7. If the model thinks that there is enough and the loop still waits, it is asked for a shorter time per batch.
 """
 
 import collections
@@ -63,6 +65,8 @@ class Tuner:
         self._held = {True: _Hold(), False: _Hold()}
         self._due = 0.0
         self._log: collections.deque[Tuned] = collections.deque(maxlen=MOST_LOGGED)
+        self._least_room, self._seen_since = feed.room.min, 0
+        self._cap = options.most_threads
         self._asked = 0
         self._asked_at = 0
         self._seconds = 0.0
@@ -141,20 +145,28 @@ class Tuner:
         self._seconds += time.perf_counter() - started
         if self.feed.capacity != room:
             self._note(f"capacity {room} -> {self.feed.capacity}: {_why_room(self.feed.capacity > room)}")
+        if self.feed.capacity != room or self._seen_long():
+            self.feed.forget_buffer()
+            self._seen_since = self._steps.total
         if self.feed.num_threads != threads:
             self._begin_trial(threads)
         elif more:
             self._loop.target_share = max(self._loop.target_share * SHORTER, LEAST_SHARE)
 
+    def _seen_long(self) -> bool:
+        """Whether how empty and how full the buffer was is known of many batches."""
+        return self._steps.total - self._seen_since > LONG
+
     def _bound(self, threads: int, room: int, more: bool) -> None:
         """Bound what the model may choose from."""
         if self.feed.threads.tunable:
             able = self._cpu_budget / max(self._processor_share(), 1e-3)
-            most = min(2 * threads, self._most_threads, int(able)) if more else threads
-            self.feed.threads.max = max(most, threads)
+            wanted = max(2 * threads, math.ceil(threads / max(1 - self._steps.waiting, 1e-3)))
+            self.feed.threads.max = max(min(wanted, self._cap, int(able)) if more else threads, threads)
             self.feed.threads.min = threads if self._held[False].holds(self._steps.total) else 1
         if self.feed.room.tunable:
             self.feed.room.max = self._most_room if self._steps.waiting > GONE else room
+            self.feed.room.min = self._least_room if self._seen_long() else room
 
     def _begin_trial(self, threads: int) -> None:
         more = self.feed.num_threads > threads
@@ -180,13 +192,18 @@ class Tuner:
         self._trial = None
         if change <= most:
             self._held[trial.more].clear()
+            self._cap = self._most_threads
             if trial.more:
                 self._held[False].extend(self._steps.total)  # what was just needed is not given back at once
             self._note(f"num_threads {threads} kept: {seen}")
             self._loop.reset_period()
             self._due = 0.0
         else:
-            self._held[trial.more].extend(self._steps.total)
+            if threads > 2 * trial.threads:
+                self._cap = threads // 2
+            else:
+                self._held[trial.more].extend(self._steps.total)
+                self._cap = self._most_threads
             self.feed.put_back(trial.threads)
             self._note(f"num_threads {threads} -> {trial.threads}, back: {seen}")
             self._forget(threads)
@@ -209,6 +226,9 @@ class Tuner:
     def _start_over(self) -> None:
         for hold in self._held.values():
             hold.clear()
+        self._cap = self._most_threads
+        self.feed.forget_buffer()
+        self._seen_since = self._steps.total
         self._loop.target_share = 1.0
         self._loop.reset_period()
         self._due = 0.0
@@ -264,5 +284,6 @@ HOLD = 200
 SHORTER = 0.8
 LEAST_SHARE = 0.3
 LEAST = 8
+LONG = 100
 SAMPLES = 16
 MOST_LOGGED = 64

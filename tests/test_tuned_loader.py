@@ -113,7 +113,7 @@ def test_the_tree_stands_for_the_pipeline() -> None:
     loader = StagedDataLoader(
         DataLoader(click_data(), batch_size=16, num_workers=2, prefetch_factor=3), Clicks(), **TUNED
     )
-    buffer, stage, source = loader.model.nodes  # type: ignore[union-attr]
+    buffer, stage, source = loader.model.nodes
     assert [node.name for node in (buffer, stage, source)] == ["buffer", "stage", "loader"]
     assert list(stage.inputs) == [source]
     assert source.parameters[PARALLELISM].published == 1  # one reader at a time, whatever the number of threads
@@ -249,3 +249,13 @@ def test_a_thread_that_cannot_be_started_is_done_without(monkeypatch: pytest.Mon
     set_published(loader, 4, 4)
     with pytest.warns(torchstage.errors.TorchstageWarning, match="no more threads"):
         assert len(list(iterator)) == 299
+
+
+def test_a_flaw_in_the_tuner_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = StagedDataLoader(numbers(50), **TUNED)
+    assert loader._shared.tuner is not None
+    monkeypatch.setattr(loader._shared.tuner, "tick", lambda: 1 / 0)
+    with pytest.warns(
+        torchstage.errors.TorchstageWarning, match="tuning failed and is off until the next epoch: ZeroDivision"
+    ):
+        assert [int(x[0]) for x in loader] == list(range(50))

@@ -66,11 +66,19 @@ def test_1_nothing_is_added_while_the_loop_does_not_wait() -> None:
     )
 
 
-def test_2_threads_are_added_a_step_at_a_time_up_to_what_is_needed() -> None:
+def test_2_as_many_threads_are_added_as_would_end_the_waiting() -> None:
     simulation = tuned(costs(stage=5.5 * STEP)).run(200)
-    steps = [change for change in changes(simulation) if "->" in change and "num_threads" in change]
-    assert [step.split(":")[0] for step in steps][:2] == ["num_threads 1 -> 2", "num_threads 2 -> 4"]
-    assert threads(simulation) in (6, 7)
+    assert changes(simulation)[0] == "num_threads 1 -> 6: the step waits 82% of its time"
+    assert threads(simulation) == 6
+
+
+def test_2_if_many_do_not_help_half_as_many_are_tried() -> None:
+    """One processor for a stage that the budget takes for one of sixty-four: no number of threads helps."""
+    shared = costs(stage=7.9 * STEP, stage_on_processor=True, step_on_processor=True)
+    simulation = tuned(shared, processors=1, cpu_budget=64).run(200)
+    tried = [int(change.split(" -> ")[1].split(":")[0]) for change in changes(simulation) if "waits" in change]
+    assert tried == [5, 2]
+    assert threads(simulation) == 1
 
 
 def test_2_no_more_than_the_bound() -> None:
@@ -108,20 +116,36 @@ def test_3_fewer_threads_stay_if_a_batch_takes_no_longer() -> None:
     assert simulation.seconds_per_batch(600) < 1.02 * STEP
 
 
+def test_4_room_is_given_back_only_after_many_batches_in_which_it_was_not_used() -> None:
+    """Times vary for a while, so that room is added, and then no longer."""
+    varying, steady = noisy(0.95 * STEP, 1, 0.6), constant(0.5 * STEP)
+    stage = lambda i: varying(i) if i < 300 else steady(i)  # noqa: E731
+    simulation = tuned(Costs(constant(0.0005), stage, constant(STEP)), num_threads=1).run(3000)
+    assert simulation.tuner is not None
+    log = [change for change in simulation.tuner.figures().changes if "capacity" in change.why]
+    least = [
+        after.batch - before.batch for before, after in itertools.pairwise(log) if after.capacity < before.capacity
+    ]
+    assert max(change.capacity for change in log) >= 4
+    assert log[-1].capacity == 2
+    assert least
+    assert min(least) > 100
+
+
 @pytest.mark.parametrize(("before", "after"), [(0.5, 4.0), (4.0, 0.3), (1.5, 7.0)])
-def test_4_a_change_of_the_stages_cost_is_answered_within_200_batches(before: float, after: float) -> None:
+def test_5_a_change_of_the_stages_cost_is_answered_within_200_batches(before: float, after: float) -> None:
     stage = lambda i: (before if i < 300 else after) * STEP  # noqa: E731
     simulation = tuned(Costs(constant(0.0005), stage, constant(STEP))).run(700)
     assert simulation.seconds_per_batch(500) <= best(costs(stage=after * STEP), 200, 400) / 0.95
 
 
-def test_5_the_model_is_asked_less_and_less_often() -> None:
+def test_6_the_model_is_asked_less_and_less_often() -> None:
     simulation = tuned(costs(stage=0.5 * STEP)).run(20_000)  # 200 s
     assert simulation.tuner is not None
     assert simulation.tuner.figures().asked <= 16  # 10 ms, doubled until 60 s, and every 60 s
 
 
-def test_6_a_loop_that_still_waits_gets_more_than_the_model_thinks_it_needs() -> None:
+def test_7_a_loop_that_still_waits_gets_more_than_the_model_thinks_it_needs() -> None:
     """Two threads are as fast as the step in the mean, and not when the times vary."""
     varying = Costs(noisy(0.0005, 1), noisy(1.9 * STEP, 2, 0.5), constant(STEP))
     simulation = tuned(varying).run(600)
