@@ -5,6 +5,7 @@ m the number of inputs of an interleave after the first that are on (k - 1 there
 vectors with an entry for each candidate of a search.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -104,9 +105,11 @@ class _AsyncRatio(_Ratio):
         return PARALLELISM, buffer_size_deriv / ratio - faster
 
 
-def _known(ratio: float) -> float:
-    if not ratio >= 0:
-        raise ValueError(f"ratio must be >= 0: how many input elements an output element needs. Found: {ratio!r}.")
+def _known(name: str, ratio: float) -> float:
+    if not 0 <= ratio < math.inf:
+        raise ValueError(
+            f"{name} must be finite and >= 0: how many input elements an output element needs. Found: {ratio!r}."
+        )
     return ratio
 
 
@@ -123,7 +126,7 @@ class KnownRatio(_Ratio):
 
     def __init__(self, args: NodeArgs, ratio: float) -> None:
         super().__init__(args)
-        self._ratio = _known(ratio)
+        self._ratio = _known("ratio", ratio)
 
     def ratio(self) -> float:
         """Return the ratio that was given."""
@@ -139,8 +142,8 @@ class AsyncKnownRatio(_AsyncRatio):
         self, args: NodeArgs, ratio: float, parameters: Iterable[Parameter], memory_ratio: float | None = None
     ) -> None:
         super().__init__(args, parameters)
-        self._ratio = _known(ratio)
-        self.memory_ratio = self._ratio if memory_ratio is None else memory_ratio
+        self._ratio = _known("ratio", ratio)
+        self.memory_ratio = self._ratio if memory_ratio is None else _known("memory_ratio", memory_ratio)
 
     def ratio(self) -> float:
         """Return the ratio that was given."""
@@ -202,7 +205,8 @@ class InterleaveMany(Node):
 
     def processing_time_of(self, below: float) -> float:
         """Section 4.3."""
-        return self.self_processing_time() + (below / len(self.counted_inputs) if self.counted_inputs else 0.0)
+        count = len(self.counted_inputs)
+        return self.self_processing_time() + (below / count if count else 0.0)
 
 
 class AsyncInterleaveMany(InterleaveMany):
@@ -216,15 +220,15 @@ class AsyncInterleaveMany(InterleaveMany):
 
     def output_time_of(self, input_time: Times, below: Times) -> Times:
         """Section 4.2: S + W."""
-        own = self.self_processing_time()
-        return own + wait_time(*self._producer_and_consumer(input_time, below)) if self.counted_inputs else own
+        count, own = len(self.counted_inputs), self.self_processing_time()
+        return own + wait_time(*self._producer_and_consumer(count, input_time, below)) if count else own
 
     def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:
         """Section 6."""
         count = len(self.counted_inputs)
         if not count:
             return Slope(None, None)
-        producer, consumer, active = self._producer_and_consumer(input_time, below)
+        producer, consumer, active = self._producer_and_consumer(count, input_time, below)
         wait = compute_wait_time(producer, consumer, active)
         own: tuple[tuple[str, float], ...] = ()
         if PARALLELISM in self.parameters:
@@ -234,8 +238,7 @@ class AsyncInterleaveMany(InterleaveMany):
         deriv = wait.consumer_deriv + wait.producer_deriv * deriv / active
         return Slope(wait.producer_deriv / (count * active), deriv, own)
 
-    def _producer_and_consumer(self, input_time: Any, below: Any) -> tuple[Any, Any, Any]:
-        count = len(self.counted_inputs)
+    def _producer_and_consumer(self, count: int, input_time: Any, below: Any) -> tuple[Any, Any, Any]:
         active = np.minimum(count, self.value_of(PARALLELISM, count))
         return below / count / active, input_time / count, active
 

@@ -17,7 +17,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection inside may destroy a node, which flushes
         self.bytes_consumed: collections.Counter[str] = collections.Counter()
         self.bytes_produced: collections.Counter[str] = collections.Counter()
         self.elements: collections.Counter[str] = collections.Counter()

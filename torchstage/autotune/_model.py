@@ -5,19 +5,19 @@ import dataclasses
 import os
 import statistics
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torchstage.autotune._budgets import RAM_BUDGET_SHARE, default_cpu_budget, default_ram_budget, free_memory
+from torchstage.autotune._budgets import RAM_BUDGET_SHARE, free_memory
 from torchstage.autotune._buffers import optimize_buffers
 from torchstage.autotune._loop import CancellationToken, Clock
 from torchstage.autotune._metrics import Metrics
 from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, NodeArgs
-from torchstage.autotune._optimizers import SEARCHES, Task
+from torchstage.autotune._optimizers import Task, search
 from torchstage.autotune._options import AutotuneAlgorithm, ModelOptions
 from torchstage.autotune._parameters import Parameter, publish
-from torchstage.autotune._save import OptimizationParams, dump, load, read, text_of, write
-from torchstage.autotune._snapshot import snapshot
+from torchstage.autotune._save import OptimizationParams, dump, load, parse, read, text_of, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,47 +145,55 @@ class Model:
         model_input_time: float = 0.0,
         cancellation: CancellationToken | None = None,
     ) -> OptimizationResult:
-        """Search on a snapshot, and publish what was found (section 10).
+        """Search on a snapshot, publish what was found, and flush the metrics (section 10).
+
+        Do not call it with the lock of a shared state held: publishing takes it.
 
         Args:
             algorithm: how to search.
-            cpu_budget: processors; 0: `default_cpu_budget`.
-            ram_budget: bytes; 0: `default_ram_budget`.
+            cpu_budget: processors.
+            ram_budget: bytes.
             model_input_time: nanoseconds per element of the consumer; for ``STAGE_BASED`` the target time of each stage.
             cancellation: checked before every step; a cancelled search publishes nothing (D3, D17).
+
+        Raises:
+            ValueError: the algorithm is unknown, or a budget is negative.
         """
         algorithm = AutotuneAlgorithm(algorithm)
-        cpu_budget, ram_budget = cpu_budget or default_cpu_budget(), ram_budget or default_ram_budget()
+        for name, budget in (("cpu_budget", cpu_budget), ("ram_budget", ram_budget)):
+            if not budget >= 0:
+                raise ValueError(f"{name} must be >= 0. Found: {budget!r}.")
+        cancelled = (lambda: False) if cancellation is None else (lambda: cancellation.cancelled)
         with self._optimizing:
             if self._output is None:
                 return OptimizationResult(algorithm, False, (), ("no_nodes",), 0.0, 0)
-            root = snapshot(self._output, self.options.carry_history)
+            root = self._output.snapshot(self.options.carry_history)
+            before = [(node.long_name, p, p.published) for node in self.nodes for p in node.parameters.values()]
             self._record_ram(root, ram_budget)
-            tunable = [
-                (node.long_name, p, p.published) for node in self.nodes for p in node.parameters.values() if p.tunable
-            ]
-            cancelled = (lambda: False) if cancellation is None else (lambda: cancellation.cancelled)
-            task = Task(root, algorithm, cpu_budget, ram_budget, model_input_time, self.options, cancelled)
-            found = SEARCHES[algorithm](task)
-            publish(found.publish)
+            found = search(Task(root, algorithm, cpu_budget, ram_budget, model_input_time, self.options, cancelled))
+            publish(found.parameters)
             self.metrics.stopped(found.stopped_by)
-            buffers = self.options.buffer_optimization and self._optimize_buffers(root, ram_budget)
-            now = [(name, p.name, before, p.published) for name, p, before in tunable]
-            changes = tuple(change for change in now if change[2] != change[3])
-            time = self.output_time(root, model_input_time)
+            wanted = self.options.buffer_optimization and not cancelled()
+            buffers_changed = wanted and self._optimize_buffers(self._output, ram_budget)
+            self.flush_metrics()
             return OptimizationResult(
-                algorithm, bool(found.publish), changes, found.stopped_by, time, found.node_states, buffers
+                algorithm=algorithm,
+                published=bool(found.parameters),
+                changes=tuple((name, p.name, old, p.published) for name, p, old in before if p.published != old),
+                stopped_by=found.stopped_by,
+                output_time=self.output_time(self._output.snapshot(), model_input_time),
+                node_states=found.node_states,
+                buffers_changed=buffers_changed,
             )
 
     def optimize_buffers(self, ram_budget: float) -> bool:
         """Run the buffer pass alone; return whether it changed a published value (section 9)."""
         with self._optimizing:
-            if self._output is None:
-                return False
-            return self._optimize_buffers(snapshot(self._output), ram_budget)
+            return self._output is not None and self._optimize_buffers(self._output, ram_budget)
 
-    def _optimize_buffers(self, root: Node, ram_budget: float) -> bool:
-        changed = optimize_buffers(root, ram_budget, self.options)
+    def _optimize_buffers(self, output: Node, ram_budget: float) -> bool:
+        # On a snapshot of its own: that of a search that published nothing is left with values that are not in force.
+        changed = optimize_buffers(output.snapshot(), ram_budget, self.options)
         if changed:
             for node in self.nodes:  # D4: wherever they are
                 node.reset_buffer_watermarks()
@@ -193,8 +201,9 @@ class Model:
 
     def _record_ram(self, root: Node, ram_budget: float) -> None:
         """Section 12.4: how much of the budget is taken, by what is free now and by what may be buffered."""
-        self.metrics.ram_usage_ratio = (ram_budget / RAM_BUDGET_SHARE - free_memory()) / ram_budget
-        self.metrics.ram_limit_ratio = root.total_maximum_buffered_bytes() / ram_budget
+        if ram_budget > 0:
+            self.metrics.ram_usage_ratio = (ram_budget / RAM_BUDGET_SHARE - free_memory()) / ram_budget
+            self.metrics.ram_limit_ratio = root.total_maximum_buffered_bytes() / ram_budget
 
     def flush_metrics(self) -> None:
         """Add to `metrics` what the nodes counted since the last flush."""
@@ -202,27 +211,36 @@ class Model:
             node.flush_metrics()
 
     def to_json(self, optimization_params: OptimizationParams | None = None) -> dict[str, Any]:
-        """Return what `save` writes (section 12.2)."""
-        root = None if self._output is None else snapshot(self._output)
+        """Return what `save` writes (section 12.2).
+
+        Raises:
+            ValueError: two nodes have the same id, as only those made without `add_node` can.
+        """
+        root = None if self._output is None else self._output.snapshot()
         return dump(root, self._ids, optimization_params or OptimizationParams())
 
     @classmethod
     def from_json(
-        cls, saved: dict[str, Any], options: ModelOptions | None = None
+        cls, saved: dict[str, Any] | str, options: ModelOptions | None = None
     ) -> "tuple[Model, OptimizationParams]":
-        """Make a model, and the parameters of its optimization, from what `to_json` returned.
+        """Make a model, and the parameters of its optimization, from what `to_json` returned, or from its text.
 
         Raises:
             ValueError: it holds no nodes, is of another version, or is not consistent; the message says what.
         """
         model = cls(options)
-        model._output, model._ids, params = load(saved)
+        model._output, model._ids, params = load(parse(saved) if isinstance(saved, str) else saved)
         for node in model.nodes:
             node.metrics = model.metrics
         return model, params
 
     def save(self, path: str | os.PathLike[str], optimization_params: OptimizationParams | None = None) -> None:
-        """Write the model to a JSON file in a directory that exists (section 12.2)."""
+        """Write the model to a JSON file in a directory that exists (section 12.2).
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: see `to_json`.
+        """
         write(path, self.to_json(optimization_params))
 
     @classmethod
@@ -233,7 +251,7 @@ class Model:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no saved model; the message says why.
+            ValueError: see `from_json`.
         """
         return cls.from_json(read(path), options)
 
@@ -246,6 +264,16 @@ class Model:
             if self._text is None or now - self._text[0] >= TEXT_LIFETIME_NS:
                 self._text = now, text_of(self.to_json())
             return self._text[1]
+
+    def gauge(self) -> Callable[[], str]:
+        """Return a function for monitoring: it returns `debug_string`, "" once the model is gone, and keeps no model (D16)."""
+        model = weakref.ref(self)
+
+        def read() -> str:
+            alive = model()
+            return "" if alive is None else alive.debug_string()
+
+        return read
 
 
 MOST_GAPS = 100

@@ -7,12 +7,14 @@ deep, so that nothing recurses: tables are filled from the root down, or in the 
 import abc
 import collections
 import enum
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torchstage.autotune._metrics import Metrics
 from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
-from torchstage.autotune._recorded import Recorded
+from torchstage.autotune._recorded import InputHistory, Recorded
+from torchstage.autotune._snapshot import debug_string, snapshot
 
 MODEL_INPUT_TIME = "model_input_time"
 """The entry of a table of input times that stands for the consumer of the root."""
@@ -98,7 +100,7 @@ class Node(Recorded, abc.ABC):
             if parameter.name in self.parameters:
                 raise ValueError(f"the parameters of a node must differ in name. Found: {parameter.name!r} twice.")
             self.parameters[parameter.name] = parameter
-        self.history_sum, self.history_count = 0.0, 0
+        self.history = InputHistory()
         self.record_metrics = True
         self.metrics: Metrics | None = None
         self._flushed = (0.0, 0.0, 0)
@@ -150,6 +152,15 @@ class Node(Recorded, abc.ABC):
     # The tree.
 
     @property
+    def output(self) -> "Node | None":
+        """The consumer, which is not owned: None on the root, and where the consumer is gone."""
+        return None if self._output is None else self._output()
+
+    @output.setter
+    def output(self, node: "Node | None") -> None:
+        self._output = None if node is None else weakref.ref(node)
+
+    @property
     def inputs(self) -> tuple["Node", ...]:
         """The inputs, in order."""
         return tuple(self._inputs)
@@ -170,7 +181,12 @@ class Node(Recorded, abc.ABC):
         """Return the nodes below this one in breadth-first or in reverse order (section 3.5).
 
         A node for which ``predicate`` does not hold is left out with all that is below it.
+
+        Raises:
+            ValueError: the order is neither.
         """
+        if order not in ("breadth_first", "reverse"):
+            raise ValueError(f"order must be 'breadth_first' or 'reverse'. Found: {order!r}.")
         found: list[Node] = []
         waiting = collections.deque([self])
         while waiting:
@@ -237,22 +253,32 @@ class Node(Recorded, abc.ABC):
             input_times[node.long_name] = node.input_time(input_times)
         outputs: dict[str, Times] = {}
         derivs: dict[str, float] = {}
+        below_of: dict[str, list[tuple[str, str]]] = {}
         for node in reversed(nodes):
-            counted = [other.long_name for other in node.counted_inputs]
+            # Of a live tree: inputs may be turned on meanwhile, as a parallel interleave does; they wait for the next time.
+            counted = [other.long_name for other in node.counted_inputs if other.long_name in outputs]
             own, below = input_times[node.long_name], sum(map(outputs.__getitem__, counted))
             outputs[node.long_name] = node.output_time_of(own, below)
             if gradients is not None:
                 slope = node.slope_of(own, below, sum(map(derivs.__getitem__, counted)))
                 derivs[node.long_name] = slope.deriv or 0.0
-                node._apply(slope, gradients)
+                node._apply(slope, gradients, below_of)
         return float(outputs[self.long_name])
 
-    def _apply(self, slope: Slope, gradients: Gradients) -> None:
-        """Rescale the gradients of the subtree, and enter the node's own (section 6)."""
+    def _apply(self, slope: Slope, gradients: Gradients, below_of: dict[str, list[tuple[str, str]]]) -> None:
+        """Rescale the gradients of the subtree, and enter the node's own (section 6).
+
+        ``below_of`` has the keys of `collect_tunable_parameters` for each input, and gets this node's: collecting them
+        again at every level would take the square of the depth.
+        """
         counted = set(self.counted_inputs)
-        for child in filter(autotune_nodes, self.inputs):
-            for node, parameter in child.collect_tunable_parameters():
-                key = (node.long_name, parameter.name)
+        collected = below_of[self.long_name] = [
+            (self.long_name, parameter.name) for _, parameter in self.collect_node_tunable_parameters()
+        ]
+        for child in self.inputs:
+            below = below_of.pop(child.long_name, [])
+            collected += below
+            for key in below:
                 if slope.scale is None:
                     gradients.pop(key, None)
                 elif child not in counted:
@@ -273,23 +299,12 @@ class Node(Recorded, abc.ABC):
         """
         totals: dict[str, float] = {}
         for node in [*self.collect_nodes("reverse", autotune_nodes), self]:
-            below = sum(node._with_prior(other, totals[other.long_name]) for other in node.counted_inputs)
+            counted = [other for other in node.counted_inputs if other.long_name in totals]
+            below = sum(node.history.weigh(totals[other.long_name], other.num_elements) for other in counted)
             totals[node.long_name] = node.processing_time_of(below)
             if processing_times is not None:
                 processing_times[node.long_name] = node.self_processing_time()
         return totals[self.long_name]
-
-    def _with_prior(self, node: "Node", total: float) -> float:
-        """Return the processing time of an input; of one with few elements mixed with what inputs took (section 7.2)."""
-        count = node.num_elements
-        if count >= FEW_ELEMENTS:
-            self.history_count += 1
-            self.history_sum += total
-            return total
-        if self.history_count < FEW_SAMPLES:
-            return total
-        weight = 1 / 2 ** (count + 1)
-        return float((1 - weight) * total + weight * self.history_sum / self.history_count)
 
     # Memory (section 8).
 
@@ -305,6 +320,16 @@ class Node(Recorded, abc.ABC):
     def _nodes_on(self) -> list["Node"]:
         return [self, *self.collect_nodes(predicate=autotune_nodes)] if self.autotune else []
 
+    # Copies, text and metrics (section 12).
+
+    def snapshot(self, carry_history: bool = False) -> "Node":
+        """Return a copy of the subtree; see `torchstage.autotune._snapshot.snapshot`."""
+        return snapshot(self, carry_history)
+
+    def debug_string(self) -> str:
+        """Return the text of the subtree, a node after the other with its inputs after it (section 12.3)."""
+        return debug_string(self)
+
     def flush_metrics(self) -> None:
         """Add what came since the last flush to the model's counters (section 12.4)."""
         if self.metrics is None or not self.record_metrics:
@@ -313,7 +338,3 @@ class Node(Recorded, abc.ABC):
             now, before = (self.bytes_consumed, self.bytes_produced, self.num_elements), self._flushed
             self._flushed = now
         self.metrics.add(self.name, now[0] - before[0], now[1] - before[1], now[2] - before[2])
-
-
-FEW_ELEMENTS = 30
-FEW_SAMPLES = 30

@@ -38,4 +38,4 @@ class ModelOptions:
     """Let the first input of an interleave count in the timing of stages (D8; later versions do)."""
 
     carry_history: bool = False
-    """Copy the input history into snapshots, so that the prior of section 7.2 is used by searches (D12)."""
+    """Share the input history with snapshots, so that the prior of section 7.2 is used by searches (D12)."""

@@ -11,6 +11,7 @@ BUFFER_SIZE = "buffer_size"
 CYCLE_LENGTH = "cycle_length"
 DETERMINISTIC = "deterministic"
 MAX_BUFFERED_ELEMENTS = "max_buffered_elements"
+_DIVISORS = (PARALLELISM, CYCLE_LENGTH)
 _NAMES = (PARALLELISM, BUFFER_SIZE, CYCLE_LENGTH, DETERMINISTIC, MAX_BUFFERED_ELEMENTS)
 
 
@@ -62,8 +63,10 @@ class Parameter:
     def __init__(self, name: str, state: SharedState | None, value: float, least: float, most: float) -> None:
         if name not in _NAMES:
             raise ValueError(f"the name of a parameter must be one of {', '.join(_NAMES)}. Found: {name!r}.")
-        if least > most:
+        if not least <= most:  # also for nan
             raise ValueError(f"the min of {name!r} must be <= its max. Found: min {least} and max {most}.")
+        if name in _DIVISORS and not (least > 0 and value > 0):
+            raise ValueError(f"{name!r} must be > 0: times are divided by it. Found: min {least} and value {value}.")
         self.name = name
         self.state = state
         self.value = value

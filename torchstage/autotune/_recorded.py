@@ -35,7 +35,7 @@ class Recorded:
         self.previous_processing_time = 0.0
         self.processing_time_ema = 0.0
         self.element_size_estimate = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection inside may run a finalizer that records
 
     def add_processing_time(self, delta: float) -> None:
         """Add ``delta`` nanoseconds of processing."""
@@ -79,8 +79,11 @@ class Recorded:
             self.buffered_bytes += bytes_delta
             self.buffered_elements += elements_delta
             if self.is_async:
-                self.buffered_elements_low = min(self.buffered_elements_low, self.buffered_elements)
-                self.buffered_elements_high = max(self.buffered_elements_high, self.buffered_elements)
+                # Not min() and max(): calls cost twice as much here, before and after every element.
+                if self.buffered_elements < self.buffered_elements_low:
+                    self.buffered_elements_low = self.buffered_elements
+                if self.buffered_elements > self.buffered_elements_high:
+                    self.buffered_elements_high = self.buffered_elements
 
     def reset_buffer_watermarks(self) -> None:
         """Forget how empty and how full the buffer was; asynchronous kinds only."""
@@ -111,5 +114,27 @@ class Recorded:
         return sum(sizes) / len(sizes) if sizes else self.element_size_estimate
 
 
+class InputHistory:
+    """What the inputs of a node took (section 7.2). A snapshot may share it, to add what searches see (D12)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sum = 0.0
+        self._count = 0
+
+    def weigh(self, total: float, num_elements: int) -> float:
+        """Return the processing time of an input; of one with few elements, mixed with what inputs took before."""
+        with self._lock:
+            if num_elements >= FEW_ELEMENTS:
+                self._count += 1
+                self._sum += total
+            elif self._count >= FEW_SAMPLES:
+                weight: float = 0.5 ** (num_elements + 1)
+                return (1 - weight) * total + weight * self._sum / self._count
+        return total
+
+
+FEW_ELEMENTS = 30
+FEW_SAMPLES = 30
 EMA_WEIGHT = 0.1
 _thread = threading.local()  # at most one node is at work on a thread at a time, so all share it

@@ -3,11 +3,15 @@
 import collections
 import copy
 import threading
+from typing import TYPE_CHECKING
 
-from torchstage.autotune._node import Node
+from torchstage.autotune._recorded import InputHistory
+
+if TYPE_CHECKING:
+    from torchstage.autotune._node import Node
 
 
-def snapshot(root: Node, carry_history: bool = False) -> Node:
+def snapshot(root: "Node", carry_history: bool = False) -> "Node":
     """Copy the tree below ``root``, which has no output in the copy.
 
     Parameters are copies too, with the shared state of the original; to publish one moves the model value of the
@@ -15,7 +19,7 @@ def snapshot(root: Node, carry_history: bool = False) -> Node:
 
     Args:
         root: where the tree begins.
-        carry_history: copy the input history (D12).
+        carry_history: share the input history, which only snapshots are asked for (D12); a new one otherwise.
     """
     twin = _twin(root, None, carry_history)
     waiting = collections.deque([(root, twin)])
@@ -28,20 +32,20 @@ def snapshot(root: Node, carry_history: bool = False) -> Node:
     return twin
 
 
-def _twin(node: Node, output: Node | None, carry_history: bool) -> Node:
+def _twin(node: "Node", output: "Node | None", carry_history: bool) -> "Node":
     with node._lock:
         twin = copy.copy(node)
-    twin._lock = threading.Lock()
+    twin._lock = threading.RLock()
     twin._inputs = []
     twin.output = output
     twin.parameters = {name: parameter.copy() for name, parameter in node.parameters.items()}
     twin.metrics, twin.record_metrics = None, False
     if not carry_history:
-        twin.history_sum, twin.history_count = 0.0, 0
+        twin.history = InputHistory()
     return twin
 
 
-def debug_string(root: Node) -> str:
+def debug_string(root: "Node") -> str:
     """Return the text of the tree below ``root``, a node after the other with its inputs after it."""
     lines: list[str] = []
     waiting = [root]
@@ -49,12 +53,12 @@ def debug_string(root: Node) -> str:
         node = waiting.pop()
         lines.append(f"{node.long_name}:")
         lines += [f"  {key}={_text(value)}" for key, value in zip(_KEYS, _values(node), strict=True)]
-        lines.append(f"  inputs={{{''.join(f'{other.long_name}, ' for other in node.inputs)}}}")
+        lines.append(f"  inputs={{{''.join(f'{other.long_name},' for other in node.inputs)}}}")
         waiting += reversed(node.inputs)
     return "\n".join(lines) + "\n"
 
 
-def _values(node: Node) -> list[float]:
+def _values(node: "Node") -> list[float]:
     return [int(node.autotune), *[getattr(node, key) for key in _KEYS[1:]]]
 
 

@@ -1,6 +1,7 @@
 """How long a consumer waits for an element of a buffer (section 5)."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ def compute_wait_time(producer_time: float, consumer_time: float, buffer_size: f
 
 def _fast_producer(y: float, x: float, n: float) -> WaitTime:
     """Section 5, the row x > y: the ratio is taken so that its powers stay below 1."""
-    u = y / x
+    u = max(y / x, sys.float_info.min)  # a quotient that underflows has no logarithm
     power = u**n
     rest = 1 - power * u
     empty = power * (1 - u) / rest
@@ -56,7 +57,7 @@ def _fast_producer(y: float, x: float, n: float) -> WaitTime:
 
 def _slow_producer(y: float, x: float, n: float) -> WaitTime:
     """Section 5, the row x < y."""
-    v = x / y
+    v = max(x / y, sys.float_info.min)
     power = v**n
     rest = 1 - power * v
     empty = (1 - v) / rest

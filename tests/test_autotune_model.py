@@ -1,0 +1,465 @@
+"""The model around the searches: its tree, gaps, loop, budgets, metrics and texts."""
+
+import gc
+import json
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+
+from torchstage.autotune import (
+    AUTOTUNE,
+    BUFFER_SIZE,
+    PARALLELISM,
+    AutotuneAlgorithm,
+    CancellationToken,
+    Clock,
+    Model,
+    ModelOptions,
+    Node,
+    OptimizationLoop,
+    SharedState,
+    default_cpu_budget,
+    default_ram_budget,
+    make_async_known_ratio_node,
+    make_known_ratio_node,
+    make_parameter,
+    make_source_node,
+    make_unknown_node,
+)
+from torchstage.autotune._snapshot import debug_string
+
+PLENTY = 1e18
+PATIENCE = 20.0  # seconds, for what happens at once
+
+
+class FakeClock(Clock):
+    """Never waits. Cancels the token at the wait number ``last``."""
+
+    def __init__(self, last: int = 1000) -> None:
+        self.waits_ms: list[float] = []
+        self.now = 0
+        self._last = last
+
+    def now_ns(self) -> int:
+        return self.now
+
+    def wait(self, token: CancellationToken, seconds: float) -> bool:
+        self.waits_ms.append(seconds * 1e3)
+        if len(self.waits_ms) == self._last:
+            token.cancel()
+        return token.cancelled
+
+
+def worked(node: Node, nanos: float, elements: int = 1) -> Node:
+    for _ in range(elements):
+        node.add_processing_time(nanos)
+        node.record_element()
+    return node
+
+
+def parallel_map(model: Model, parent: Node | None, nanos: float, state: SharedState | None = None) -> Node:
+    parameter = make_parameter(PARALLELISM, state or SharedState(), 1, 8)
+    factory = partial(make_async_known_ratio_node, ratio=1, parameters=[parameter])
+    return worked(model.add_node(factory, "map", parent), nanos)
+
+
+def published(model: Model) -> list[float]:
+    states = [node.parameters[PARALLELISM].state for node in model.nodes if PARALLELISM in node.parameters]
+    return [state.value for state in states if state is not None]
+
+
+# The tree.
+
+
+def test_ids_count_up_and_the_first_node_is_the_output() -> None:
+    model = Model()
+    assert model.output is None
+    assert model.nodes == []
+    root = model.add_node(make_unknown_node, "root", None)
+    left, right = (model.add_node(make_unknown_node, name, root) for name in ("left", "right"))
+    leaf = model.add_node(make_source_node, "leaf", left)
+    stray = model.add_node(make_source_node, "stray", None)
+    assert model.output is root
+    assert [node.id for node in (root, left, right, leaf, stray)] == [1, 2, 3, 4, 5]
+    assert model.nodes == [root, left, right, leaf]
+    assert root.inputs == (left, right)
+    assert [node.output for node in (root, left, right, leaf, stray)] == [None, root, root, left, None]
+    assert Model().add_node(make_source_node, "other", None).id == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("map", "map"),
+        ("Iterator::Root::Prefetch", "Prefetch"),
+        ("a:b", "b"),
+        ("a:b:", "b"),
+        (":a::", "a"),
+        ("Map[0]::Batch(2)", "Batch(2)"),
+    ],
+)
+def test_the_last_part_of_a_name_counts(given: str, expected: str) -> None:
+    node = Model().add_node(make_source_node, given, None)
+    assert node.name == expected
+    assert node.long_name == f"{expected}(id:1)"
+
+
+def test_a_node_that_is_removed_is_no_input_any_more() -> None:
+    model = Model()
+    root = model.add_node(make_unknown_node, "root", None)
+    left, right = (model.add_node(make_unknown_node, "same", root) for _ in range(2))
+    model.remove_node(left)
+    assert root.inputs == (right,)
+    model.remove_node(left)
+    assert root.inputs == (right,)
+    model.remove_node(root)
+    assert model.output is root
+    assert model.add_node(make_source_node, "next", root).id == 4
+
+
+# Gaps.
+
+
+def target(gaps: Sequence[float], options: ModelOptions | None = None) -> float:
+    model = Model(options)
+    for gap in gaps:
+        model.record_iterator_gap_time(gap)
+    return model.compute_target_time_nsec()
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([], 0),
+        ([7], 7_000),
+        ([0.5], 500),
+        ([100, 200, 300], 200_000),
+        ([10_000_000], 0),  # 10 s is a pause
+        ([20_000_000, 4], 4_000),
+        ([9_999_999], 9_999_999_000),
+        (range(1, 151), 100_500),  # 51 to 150 are left
+        ([*[1_000] * 100, *[2] * 99], 2_000),  # one of the first is left, and 1000 > 11.98 + 2 * 99.8
+        ([*[10] * 5, 100], 10_000),  # 100 > 25 + 2 * 36.7
+        ([*[10] * 4, 100], 28_000),  # 100 < 28 + 2 * 40.2
+    ],
+)
+def test_the_target_time_is_the_mean_gap_without_outliers(gaps: Sequence[float], expected: float) -> None:
+    assert target(gaps) == pytest.approx(expected, rel=1e-12)
+
+
+def test_outliers_are_measured_by_the_sample_deviation() -> None:
+    # mean 36 / 7; 15 is less than it and two sample deviations, 15.04, but more than with the population's, 14.30
+    assert target([0, 1, 3, 5, 6, 6, 15]) == pytest.approx(36_000 / 7)
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(99, 0), (100, 8_000), (150, 8_000)])
+def test_how_many_gaps_are_needed_is_an_option(recorded: int, expected: float) -> None:
+    assert target([8.0] * recorded, ModelOptions(min_gaps=100)) == expected
+    assert target([8.0] * recorded) == 8_000
+
+
+@pytest.mark.parametrize(("sigmas", "expected"), [(0.0, 200_000), (1.0, 100_000), (0.5, 150_000), (2.0, 0), (3.0, 0)])
+def test_the_target_may_be_some_deviations_below_the_mean(sigmas: float, expected: float) -> None:
+    assert target([100, 200, 300], ModelOptions(target_sigmas=sigmas)) == pytest.approx(expected)  # deviation 100
+    assert target([5], ModelOptions(target_sigmas=sigmas)) == 5_000
+
+
+# The loop.
+
+
+def loop_of(
+    model: Model, clock: Clock, algorithm: AutotuneAlgorithm = AutotuneAlgorithm.HILL_CLIMB
+) -> OptimizationLoop:
+    return OptimizationLoop(model, algorithm, 4, PLENTY, clock=clock)
+
+
+def test_the_period_doubles_up_to_a_minute() -> None:
+    model, clock, token = Model(), FakeClock(last=15), CancellationToken()
+    parallel_map(model, None, 1000.0)
+    loop = loop_of(model, clock)
+    loop.run(token)
+    expected = [20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240, 20480, 40960, 60000, 60000, 60000]
+    assert clock.waits_ms == pytest.approx(expected)
+    assert published(model) == [5]  # 1000 / 5 is the first below 1000 / 4
+    assert token.cancelled
+    loop.run(token)  # a cancelled token: nothing at all
+    assert len(clock.waits_ms) == 15
+
+
+def test_the_first_optimization_runs_before_any_wait() -> None:
+    model, clock = Model(), FakeClock(last=1)
+    parallel_map(model, None, 1000.0)
+    loop_of(model, clock).run(CancellationToken())
+    assert clock.waits_ms == pytest.approx([20])
+    assert published(model) == [5]
+
+
+def test_a_cancelled_loop_does_not_begin() -> None:
+    model, clock, token = Model(), FakeClock(), CancellationToken()
+    parallel_map(model, None, 1000.0)
+    token.cancel()
+    loop_of(model, clock).run(token)
+    assert clock.waits_ms == []
+    assert published(model) == [AUTOTUNE]
+
+
+def test_a_step_optimizes_at_once_and_doubles_the_period() -> None:
+    model, clock = Model(), FakeClock()
+    parallel_map(model, None, 1000.0)
+    loop = loop_of(model, clock)
+    result = loop.step()
+    assert result is not None
+    assert result.published
+    assert result.algorithm == AutotuneAlgorithm.HILL_CLIMB
+    assert published(model) == [5]
+    periods = [loop.period_ms]
+    for _ in range(2):
+        loop.step()
+        periods.append(loop.period_ms)
+    model.add_node(make_source_node, "late", model.output)
+    loop.step()
+    periods.append(loop.period_ms)  # a new node does not reset it
+    loop.reset_period()
+    loop.step()
+    periods.append(loop.period_ms)
+    assert periods == [20, 40, 80, 160, 20]
+    assert clock.waits_ms == []
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"), [(AutotuneAlgorithm.STAGE_BASED, 400.0), (AutotuneAlgorithm.MAX_PARALLELISM, 0.0)]
+)
+def test_only_the_stage_based_search_gets_the_target_time(algorithm: AutotuneAlgorithm, expected: float) -> None:
+    model = Model()
+    root = parallel_map(model, None, 1000.0)
+    buffer = make_parameter(BUFFER_SIZE, SharedState(1), 1, 1)
+    below = partial(make_async_known_ratio_node, ratio=1, parameters=[buffer])
+    worked(model.add_node(make_source_node, "source", worked(model.add_node(below, "ahead", root), 0.0)), 100.0)
+    model.record_iterator_gap_time(0.4)
+    result = loop_of(model, FakeClock(), algorithm).step()
+    assert result is not None
+    assert published(model) == [3 if expected else 8]
+    times = {input_time: model.output_time(root, input_time) for input_time in (0.0, 400.0)}
+    assert times[0.0] != times[400.0]  # a slower consumer leaves the buffer time to fill
+    assert result.output_time == pytest.approx(times[expected])
+
+
+def test_the_loop_flushes_the_metrics() -> None:
+    model = Model()
+    worked(model.add_node(make_source_node, "files", None), 1.0, elements=3)
+    loop = loop_of(model, FakeClock())
+    for _ in range(2):
+        loop.step()
+        assert model.metrics.elements == {"files": 3}
+
+
+def test_the_loop_ends_with_its_model() -> None:
+    models = [Model()]
+    parallel_map(models[0], None, 1000.0)
+    died = weakref.ref(models[0])
+
+    class Forgets(FakeClock):
+        def wait(self, token: CancellationToken, seconds: float) -> bool:
+            super().wait(token, seconds)
+            models.clear()
+            gc.collect()
+            return False
+
+    clock, token = Forgets(), CancellationToken()
+    loop = loop_of(models[0], clock)
+    loop.run(token)
+    assert len(clock.waits_ms) == 1
+    assert not token.cancelled
+    assert died() is None
+    assert loop.step() is None
+
+
+class Announces(Clock):
+    """Says when the loop has begun to wait, and waits until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.waits = threading.Event()
+
+    def wait(self, token: CancellationToken, seconds: float) -> bool:
+        self.waits.set()
+        return super().wait(token, PATIENCE)
+
+
+def test_the_thread_ends_when_it_is_stopped() -> None:
+    before = set(threading.enumerate())
+    model, clock = Model(), Announces()
+    parallel_map(model, None, 1000.0)
+    loop = loop_of(model, clock)
+    loop.stop()  # never started
+    for _ in range(2):
+        clock.waits.clear()
+        loop.start()
+        loop.start()
+        assert clock.waits.wait(PATIENCE)
+        (thread,) = set(threading.enumerate()) - before
+        assert thread.daemon
+        assert published(model) == [5]
+        loop.stop()
+        loop.stop()
+        assert set(threading.enumerate()) == before
+
+
+def test_a_clock_wakes_up_when_cancelled() -> None:
+    token, clock = CancellationToken(), Clock()
+    assert not token.cancelled
+    assert not clock.wait(token, 0)
+    assert not token.wait(0)
+    token.cancel()
+    assert token.cancelled
+    assert clock.wait(token, PATIENCE)
+    assert token.wait(PATIENCE)
+    assert clock.now_ns() <= clock.now_ns()
+
+
+# Budgets.
+
+
+def test_the_default_budgets_are_within_the_machine() -> None:
+    assert 1 <= default_cpu_budget() <= (os.cpu_count() or 1)
+    assert 0 < default_ram_budget(0.1) < default_ram_budget() < default_ram_budget(2.0)
+    assert default_ram_budget() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot bind a process to processors")
+def test_the_processors_are_those_the_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert default_cpu_budget() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+# Metrics.
+
+
+def test_a_flush_adds_what_came_since_the_last() -> None:
+    model = Model()
+    root = worked(model.add_node(make_unknown_node, "Root::same", None), 1.0, elements=2)
+    other = worked(model.add_node(make_unknown_node, "same", root), 1.0, elements=3)
+    source = model.add_node(make_source_node, "files", other)
+    source.record_bytes_produced(100)
+    other.record_bytes_consumed(100)
+    other.record_bytes_produced(7)
+    for _ in range(2):
+        model.flush_metrics()
+        assert +model.metrics.elements == {"same": 5}
+        assert +model.metrics.bytes_consumed == {"same": 100}
+        assert +model.metrics.bytes_produced == {"same": 7, "files": 100}
+    source.record_bytes_produced(1)
+    worked(root, 1.0)
+    model.flush_metrics()
+    assert +model.metrics.elements == {"same": 6}
+    assert +model.metrics.bytes_produced == {"same": 7, "files": 101}
+
+
+def test_a_node_flushes_when_it_is_destroyed() -> None:
+    model = Model()
+    root = model.add_node(make_unknown_node, "root", None)
+    node = worked(model.add_node(make_source_node, "gone", root), 1.0, elements=4)
+    model.flush_metrics()
+    worked(node, 1.0, elements=2)
+    model.remove_node(node)
+    assert model.metrics.elements["gone"] == 4
+    del node
+    gc.collect()
+    assert model.metrics.elements["gone"] == 6
+
+
+def test_snapshots_do_not_record() -> None:
+    model = Model(ModelOptions(buffer_optimization=True))
+    root = parallel_map(model, None, 1000.0)
+    for algorithm in AutotuneAlgorithm:
+        model.optimize(algorithm, 1, PLENTY)
+    model.optimize_buffers(PLENTY)
+    model.to_json()
+    model.debug_string()
+    gc.collect()
+    assert +model.metrics.elements in ({}, {"map": 1})  # once, if the optimizations flushed the live tree
+    model.flush_metrics()
+    assert model.metrics.elements == {"map": 1}
+    root.record_metrics = False
+    worked(root, 1.0)
+    model.flush_metrics()
+    assert model.metrics.elements == {"map": 1}
+
+
+def test_what_stopped_the_searches_is_counted() -> None:
+    model = Model()
+    parallel_map(model, None, 1000.0)
+    assert not model.metrics.stopping_criteria
+    for cpus in (1, 2, 100):
+        model.optimize(AutotuneAlgorithm.HILL_CLIMB, cpus, PLENTY)
+    assert model.metrics.stopping_criteria == {"output_time": 2, "all_max": 1}
+
+
+def test_the_share_of_the_memory_budget_is_kept() -> None:
+    model = Model()
+    root = parallel_map(model, None, 1000.0, SharedState(4))
+    root.record_bytes_produced(10)
+    model.optimize(AutotuneAlgorithm.HILL_CLIMB, 1, 100)
+    assert model.metrics.ram_limit_ratio == pytest.approx(0.4)  # 4 elements of 10 bytes
+    assert model.metrics.ram_usage_ratio is not None
+    assert model.metrics.ram_usage_ratio < 2
+    model.optimize(AutotuneAlgorithm.HILL_CLIMB, 1, 1e18)
+    assert 1.9 < model.metrics.ram_usage_ratio <= 2  # of such a budget next to all is taken: 2 - free / budget
+
+
+# Texts.
+
+
+def test_the_text_of_a_node_lists_its_counters_and_then_its_inputs() -> None:
+    model = Model()
+    root = worked(model.add_node(partial(make_known_ratio_node, ratio=2), "batch", None), 30.0, elements=2)
+    left = model.add_node(make_unknown_node, "left", root)
+    right = model.add_node(make_source_node, "right", root)
+    model.add_node(make_source_node, "leaf", left)
+    root.record_bytes_consumed(64)
+    root.record_bytes_produced(32)
+    right.record_buffer_event(16, 2)
+    right.autotune = False
+
+    def text(name: str, inputs: str, *values: int) -> list[str]:
+        keys = "autotune buffered_bytes buffered_elements bytes_consumed bytes_produced processing_time num_elements"
+        lines = [f"{key}={value}" for key, value in zip(keys.split(), values, strict=True)]
+        return [f"{name}:", *lines, f"inputs={{{inputs}}}"]
+
+    expected = [
+        *text("batch(id:1)", "left(id:2),right(id:3),", 1, 0, 0, 64, 32, 60, 2),
+        *text("left(id:2)", "leaf(id:4),", 1, 0, 0, 0, 0, 0, 0),
+        *text("leaf(id:4)", "", 1, 0, 0, 0, 0, 0, 0),
+        *text("right(id:3)", "", 0, 16, 2, 0, 0, 0, 0),
+    ]
+    lines = debug_string(root).splitlines()
+    assert [line.replace(" ", "") for line in lines] == expected
+    assert [line.startswith(" ") for line in lines] == [not line.endswith(":") for line in expected]
+
+
+def test_the_text_of_a_model_is_its_saved_form_kept_for_30_seconds() -> None:
+    clock = FakeClock()
+    model = Model(clock=clock)
+    assert model.debug_string() == ""
+    root = model.add_node(make_unknown_node, "root", None)
+    first = model.debug_string()
+    assert json.loads(first) == model.to_json()
+    worked(root, 5.0)
+    assert json.loads(first) != model.to_json()
+    clock.now = 29_900_000_000
+    assert model.debug_string() == first
+    clock.now = 30_100_000_000
+    second = model.debug_string()
+    assert json.loads(second) == model.to_json()
+    worked(root, 5.0)
+    clock.now = 60_000_000_000
+    assert model.debug_string() == second
+    clock.now = 60_200_000_000
+    assert json.loads(model.debug_string()) == model.to_json()
