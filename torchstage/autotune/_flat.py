@@ -9,59 +9,18 @@ that NumPy does in its own way: `numpy.power` has vector code that rounds otherw
 ``**`` calls, and `numpy.float_power` too.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from torchstage.autotune._kinds import AsyncInterleaveMany, AsyncKnownRatio, AsyncUnknownRatio, InterleaveMany, Unknown
 from torchstage.autotune._node import Node, autotune_nodes
-from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
+from torchstage.autotune._parameters import Parameter
+from torchstage.autotune._terms import Terms
 
 Vector = npt.NDArray[np.float64]
 Pair = tuple[Node, Parameter]
-
-
-class Terms(NamedTuple):
-    """The numbers that a node's times are made of, with its parameters as they are.
-
-    With I the inherited input time:
-
-        X = (I + passed) / ratio * turns
-        y = ratio * sum(O) / turns / workers
-        O = own + y, or own + W(y, ratio * X / turns, ahead) for an asynchronous node with inputs that count
-
-    This is sections 4.1 and 4.2 for all kinds: an interleave has ratio 1, every other kind turns 1, and where the
-    ratio is 0 no input counts.
-    """
-
-    passed: float
-    own: float
-    ratio: float = 1.0
-    turns: float = 1.0
-    workers: float = 1.0
-    ahead: float = 0.0
-
-
-def terms_of(node: Node) -> Terms:
-    """Return the terms of a node by its kind (sections 4.1 and 4.2)."""
-    own = node.self_processing_time()
-    if isinstance(node, Unknown):
-        return Terms(0.0, 0.0)
-    if isinstance(node, InterleaveMany):
-        count = len(node.counted_inputs)
-        if not count:
-            return Terms(0.0, own)
-        workers = min(count, node.value_of(PARALLELISM, count)) if isinstance(node, AsyncInterleaveMany) else 1.0
-        return Terms(own, own, turns=count, workers=workers, ahead=workers)
-    ratio = node.ratio()
-    if isinstance(node, (AsyncKnownRatio, AsyncUnknownRatio)):
-        shared = own / node.value_of(PARALLELISM, 1.0)
-        parallelism = node.parameters.get(PARALLELISM)
-        ahead = node.value_of(BUFFER_SIZE, 0.0) if parallelism is None else parallelism.value / (ratio or 1.0)
-        return Terms(shared, shared, ratio or 1.0, ahead=ahead)
-    return Terms(own if ratio else 0.0, own, ratio or 1.0)
 
 
 class Flat:
@@ -129,12 +88,13 @@ class Flat:
 
 
 class _Work:
-    """Vectors that rows share, so that a sweep allocates nothing; all but ``ones`` and ``input_times`` are scratch."""
+    """Vectors that rows share, so that a sweep allocates nothing; the last eight are scratch."""
 
     def __init__(self, size: int, model_input_time: float) -> None:
         self.size = size
-        self.ones = np.ones(size)
         self.input_times = np.full(size, model_input_time)
+        self.ones = np.ones(size)
+        self.least = np.full(size, sys.float_info.min)  # as `compute_wait_time` has it
         self.producer, self.consumer, self.less, self.more = np.empty((4, size))
         self.quotient, self.power, self.rest = np.empty((3, size))
         self.mask = np.empty(size, dtype=np.bool_)
@@ -158,26 +118,26 @@ class _Row:
         self.input_times, self.output_times = np.empty((2, work.size))
         self._passed, self._own, self._workers, self._ahead = np.empty((4, work.size))
         terms = self.refresh()
-        self._ratio, self._turns = terms.ratio, terms.turns
-        self._shares = isinstance(node, AsyncInterleaveMany)
+        self._ratio, self._turns, self._counts = terms.ratio, terms.turns, terms.counts
+        self._waits, self._shares = terms.ahead is not None, bool((self._workers != 1).any())
         steps_differ = any(self._passed[column] != terms.passed for column, _ in steps)
         self.input_times_differ: bool = steps_differ or (consumer is not None and consumer.input_times_differ)
         self.output_times_differ: bool = bool(steps)
 
     def connect(self, rows: "Mapping[Node | None, _Row]") -> None:
         """Find the inputs that count in the output time; where the ratio is 0 there are none (section 4.2)."""
-        self.inputs = [rows[other] for other in self._node.counted_inputs] if self._node.ratio() else []
+        self.inputs = [rows[other] for other in self._node.counted_inputs] if self._counts else []
         below = any(row.output_times_differ for row in self.inputs)
-        waits = bool(self.inputs) and self._node.is_async and self.input_times_differ
+        waits = bool(self.inputs) and self._waits and self.input_times_differ
         self.output_times_differ = self.output_times_differ or below or waits
 
     def refresh(self) -> Terms:
         """Take over the values that the node's parameters have now, and return the terms for them."""
-        terms = terms_of(self._node)
+        terms = self._node.terms()
         self._put(slice(None), terms)
         for column, parameter in self._steps:
             parameter.value += 1
-            self._put(column, terms_of(self._node))
+            self._put(column, self._node.terms())
             parameter.value -= 1
         return terms
 
@@ -185,7 +145,7 @@ class _Row:
         self._passed[columns] = terms.passed
         self._own[columns] = terms.own
         self._workers[columns] = terms.workers
-        self._ahead[columns] = terms.ahead
+        self._ahead[columns] = terms.ahead or 0.0
 
     def pass_on(self) -> None:
         """Compute X from the consumer's."""
@@ -203,7 +163,7 @@ class _Row:
         times = self._scaled(self._sum(), self._work.producer)
         if self._shares:
             times = np.divide(times, self._workers, self._work.producer)
-        if self._node.is_async:
+        if self._waits:
             times = self._wait(times, self._scaled(self.input_times, self._work.consumer))
         np.add(self._own, times, self.output_times)
 
@@ -234,6 +194,7 @@ class _Row:
             less = np.minimum(producer, consumer, out=work.less)
             more = np.maximum(producer, consumer, out=work.more)
         np.divide(less, more, quotient)
+        np.maximum(quotient, work.least, out=quotient)
         power = np.float_power(quotient, self._ahead, work.power)
         np.subtract(work.ones, np.multiply(power, quotient, rest), rest)
         np.subtract(work.ones, quotient, quotient)

@@ -1,17 +1,14 @@
 """The kinds of nodes and what each costs (sections 4 and 6).
 
 Notation, as in the reference: S self processing time, P parallelism, r ratio, I the inherited input time, X the node's own,
-m the number of inputs of an interleave after the first that are on (k - 1 there; D21). Times and model values may be
-vectors with an entry for each candidate of a search.
+m the number of inputs of an interleave after the first that are on (k - 1 there; D21). What the kinds do with their
+`Terms` is the same for all, see there.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import numpy as np
-
-from torchstage.autotune._node import Node, NodeArgs, NodeKind, Slope, Times
+from torchstage.autotune._node import Node, NodeArgs, NodeKind
 from torchstage.autotune._parameters import (
     BUFFER_SIZE,
     CYCLE_LENGTH,
@@ -19,26 +16,17 @@ from torchstage.autotune._parameters import (
     PARALLELISM,
     Parameter,
 )
-from torchstage.autotune._wait import compute_wait_time, wait_time
+from torchstage.autotune._terms import Terms
+from torchstage.autotune._wait import WaitTime
 
 
 class _Ratio(Node):
     """A synchronous node that needs r elements of its input for one of its own."""
 
-    def input_time_of(self, inherited: Times) -> Times:
-        """Section 4.1."""
-        ratio = self.ratio()
-        return (inherited + self.self_processing_time()) / ratio if ratio else inherited
-
-    def output_time_of(self, input_time: Times, below: Times) -> Times:  # noqa: ARG002 - an asynchronous kind needs it
-        """Section 4.2: S + r * sum(O)."""
+    def terms(self) -> Terms:
+        """Return S, passed to the inputs if there are any that count."""
         ratio, own = self.ratio(), self.self_processing_time()
-        return own + ratio * below if ratio else own
-
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:  # noqa: ARG002 - as above
-        """Section 6."""
-        ratio = self.ratio()
-        return Slope(ratio, deriv) if ratio else Slope(None, None)
+        return Terms(own, own if ratio else 0.0, bool(ratio), ratio or 1.0)
 
     def processing_time_of(self, below: float) -> float:
         """Section 4.3: S + r * sumT."""
@@ -59,50 +47,26 @@ class _AsyncRatio(_Ratio):
                 f"Found for {self.long_name}: {', '.join(map(repr, self.parameters)) or 'none'}."
             )
 
-    def input_time_of(self, inherited: Times) -> Times:
-        """Section 4.1. Unlike a synchronous kind it adds its time if the ratio is 0 (D23)."""
+    def terms(self) -> Terms:
+        """Return S/P, which is passed on also where the ratio is 0 (D23). Of two parameters the parallelism counts."""
         ratio = self.ratio()
-        busy = inherited + self._shared_time()
-        return busy / ratio if ratio else busy
+        own = self.self_processing_time() / self.value_of(PARALLELISM, 1.0)
+        parallelism = self.parameters.get(PARALLELISM)
+        ahead = self.value_of(BUFFER_SIZE, 0.0) if parallelism is None else parallelism.value / (ratio or 1.0)
+        return Terms(own, own, bool(ratio), ratio or 1.0, ahead=ahead)
 
-    def output_time_of(self, input_time: Times, below: Times) -> Times:
-        """Section 4.2: S/P + W."""
-        return self._shared_time() + wait_time(*self._producer_and_consumer(input_time, below))
-
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:
-        """Section 6."""
-        ratio = self.ratio()
-        wait = compute_wait_time(*self._producer_and_consumer(input_time, below))
-        deriv = wait.consumer_deriv + (wait.producer_deriv * deriv if ratio else 0.0)
-        own = self._own(wait.buffer_size_deriv, deriv, ratio or 1.0)
-        return Slope(ratio * wait.producer_deriv if ratio else None, deriv, (own,))
-
-    def _producer_and_consumer(self, input_time: Any, below: Any) -> tuple[Any, Any, Any]:
-        """Return their times and how many elements may be under way: of two parameters the parallelism counts."""
-        ratio = self.ratio()
+    def own_slope(self, terms: Terms, wait: WaitTime, deriv: float, below: float) -> tuple[tuple[str, float], ...]:  # noqa: ARG002
+        """Section 6, the own entry."""
         parallelism = self.parameters.get(PARALLELISM)
         if parallelism is None:
-            ahead = self.value_of(BUFFER_SIZE, 0.0)
-        else:
-            ahead = parallelism.value / ratio if ratio else parallelism.value
-        return (ratio * below, ratio * input_time, ahead) if ratio else (0.0, input_time, ahead)
+            return ((BUFFER_SIZE, wait.buffer_size_deriv),)
+        faster = (1 + deriv) * self.self_processing_time() / parallelism.value**2
+        return ((PARALLELISM, wait.buffer_size_deriv / terms.ratio - faster),)
 
     def maximum_buffered_bytes(self) -> float:
         """Section 4.4."""
         most = self.value_of(BUFFER_SIZE, self.value_of(PARALLELISM, 0.0)) * self.average_buffered_element_size()
         return most / self.memory_ratio if self.memory_ratio else most
-
-    def _shared_time(self) -> Times:
-        """S/P."""
-        return self.self_processing_time() / self.value_of(PARALLELISM, 1.0)
-
-    def _own(self, buffer_size_deriv: float, deriv: float, ratio: float) -> tuple[str, float]:
-        """Section 6, the own entry."""
-        parallelism = self.parameters.get(PARALLELISM)
-        if parallelism is None:
-            return BUFFER_SIZE, buffer_size_deriv
-        faster = (1 + deriv) * self.self_processing_time() / parallelism.value**2
-        return PARALLELISM, buffer_size_deriv / ratio - faster
 
 
 def _known(name: str, ratio: float) -> float:
@@ -188,20 +152,10 @@ class InterleaveMany(Node):
         names = [node.name for node in self.inputs]
         return max(len(names) - (names[0] != names[1]), 1) if len(names) > 1 else 1
 
-    def input_time_of(self, inherited: Times) -> Times:
-        """Section 4.1."""
-        count = len(self.counted_inputs)
-        return (inherited + self.self_processing_time()) * count if count else inherited
-
-    def output_time_of(self, input_time: Times, below: Times) -> Times:  # noqa: ARG002 - the asynchronous kind needs it
-        """Section 4.2: S and the mean of the inputs after the first."""
-        count, own = len(self.counted_inputs), self.self_processing_time()
-        return own + below / count if count else own
-
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:  # noqa: ARG002 - as above
-        """Section 6."""
-        count = len(self.counted_inputs)
-        return Slope(1 / count, deriv) if count else Slope(None, None)
+    def terms(self) -> Terms:
+        """Return S and the turns; the first input alone counts for nothing."""
+        own, count = self.self_processing_time(), len(self.counted_inputs)
+        return Terms(own, own, turns=count) if count else Terms(own, 0.0, counts=False)
 
     def processing_time_of(self, below: float) -> float:
         """Section 4.3."""
@@ -218,29 +172,21 @@ class AsyncInterleaveMany(InterleaveMany):
     def _cycle(self) -> float:
         return min(super()._cycle(), self.value_of(PARALLELISM, float("inf")))
 
-    def output_time_of(self, input_time: Times, below: Times) -> Times:
-        """Section 4.2: S + W."""
-        count, own = len(self.counted_inputs), self.self_processing_time()
-        return own + wait_time(*self._producer_and_consumer(count, input_time, below)) if count else own
+    def terms(self) -> Terms:
+        """Return the same, with as many elements ahead as inputs are read at once."""
+        terms = super().terms()
+        if not terms.counts:
+            return terms
+        workers = min(terms.turns, self.value_of(PARALLELISM, terms.turns))
+        return terms._replace(workers=workers, ahead=workers)
 
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:
-        """Section 6."""
-        count = len(self.counted_inputs)
-        if not count:
-            return Slope(None, None)
-        producer, consumer, active = self._producer_and_consumer(count, input_time, below)
-        wait = compute_wait_time(producer, consumer, active)
-        own: tuple[tuple[str, float], ...] = ()
-        if PARALLELISM in self.parameters:
-            # More workers than inputs change nothing (D11).
-            useful = self.value_of(PARALLELISM, 0.0) <= count
-            own = ((PARALLELISM, (wait.buffer_size_deriv - wait.producer_deriv * producer / active) * useful),)
-        deriv = wait.consumer_deriv + wait.producer_deriv * deriv / active
-        return Slope(wait.producer_deriv / (count * active), deriv, own)
-
-    def _producer_and_consumer(self, count: int, input_time: Any, below: Any) -> tuple[Any, Any, Any]:
-        active = np.minimum(count, self.value_of(PARALLELISM, count))
-        return below / count / active, input_time / count, active
+    def own_slope(self, terms: Terms, wait: WaitTime, deriv: float, below: float) -> tuple[tuple[str, float], ...]:  # noqa: ARG002
+        """Section 6, the own entry; more workers than inputs change nothing (D11)."""
+        parallelism = self.parameters.get(PARALLELISM)
+        if parallelism is None:
+            return ()
+        less = wait.producer_deriv * terms.producer_time(below) / terms.workers
+        return ((PARALLELISM, wait.buffer_size_deriv - less if parallelism.value <= terms.turns else 0.0),)
 
     def maximum_buffered_bytes(self) -> float:
         """Section 4.4."""
@@ -257,17 +203,9 @@ class Unknown(Node):
         """Return 1."""
         return 1.0
 
-    def input_time_of(self, inherited: Times) -> Times:
-        """Section 4.1."""
-        return inherited
-
-    def output_time_of(self, input_time: Times, below: Times) -> Times:  # noqa: ARG002 - other kinds need it
-        """Section 4.2."""
-        return below
-
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:  # noqa: ARG002 - as above
-        """Section 6."""
-        return Slope(1.0, deriv)
+    def terms(self) -> Terms:
+        """Return nothing of its own."""
+        return Terms(0.0, 0.0)
 
     def processing_time_of(self, below: float) -> float:
         """Section 4.3."""

@@ -9,18 +9,19 @@ import collections
 import enum
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 from torchstage.autotune._metrics import Metrics
 from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
 from torchstage.autotune._recorded import InputHistory, Recorded
 from torchstage.autotune._snapshot import debug_string, snapshot
+from torchstage.autotune._terms import Slope, Terms
+from torchstage.autotune._wait import WaitTime
 
 MODEL_INPUT_TIME = "model_input_time"
 """The entry of a table of input times that stands for the consumer of the root."""
 
 Gradients = dict[tuple[str, str], float]
-Times: TypeAlias = Any  # a float, or a float64 vector with an entry for each candidate of a search
 Predicate = Callable[["Node"], bool]
 
 
@@ -42,19 +43,6 @@ class NodeArgs(NamedTuple):
     id: int
     name: str
     output: "Node | None" = None
-
-
-class Slope(NamedTuple):
-    """How the output time of a node depends on what is below and on its own parameters (section 6)."""
-
-    scale: float | None
-    """What gradients of the subtree are multiplied by; None drops them."""
-
-    deriv: float | None
-    """By the input time; None where it is not set."""
-
-    own: tuple[tuple[str, float], ...] = ()
-    """By the node's own parameters."""
 
 
 def any_node(_: "Node") -> bool:
@@ -120,25 +108,16 @@ class Node(Recorded, abc.ABC):
         """Return how many input elements an output element needs (section 4); 0 if unknown."""
 
     @abc.abstractmethod
-    def input_time_of(self, inherited: Times) -> Times:
-        """Return the input time that the inputs inherit, nanoseconds (section 4.1)."""
-
-    @abc.abstractmethod
-    def output_time_of(self, input_time: Times, below: Times) -> Times:
-        """Return the nanoseconds per element (section 4.2).
-
-        Args:
-            input_time: the node's own, X.
-            below: the sum of the output times of `counted_inputs`.
-        """
-
-    @abc.abstractmethod
-    def slope_of(self, input_time: float, below: float, deriv: float) -> Slope:
-        """Return the derivatives of `output_time_of` (section 6); ``deriv`` is the sum of those of `counted_inputs`."""
+    def terms(self) -> Terms:
+        """Return what input and output times are made of (sections 4.1 and 4.2)."""
 
     @abc.abstractmethod
     def processing_time_of(self, below: float) -> float:
         """Return the processor time per element from the history-weighted sum of the inputs' (section 4.3)."""
+
+    def own_slope(self, terms: Terms, wait: WaitTime, deriv: float, below: float) -> tuple[tuple[str, float], ...]:  # noqa: ARG002
+        """Return the derivatives of the output time by the node's own parameters (section 6)."""
+        return ()
 
     def maximum_buffered_bytes(self) -> float:
         """Return the most bytes that the node itself may buffer (section 4.4)."""
@@ -239,7 +218,7 @@ class Node(Recorded, abc.ABC):
     def input_time(self, input_times: Mapping[str, float]) -> float:
         """Return the input time that this node's inputs inherit, nanoseconds, given that of its consumer (section 4.1)."""
         consumer = MODEL_INPUT_TIME if self.output is None else self.output.long_name
-        return float(self.input_time_of(input_times.get(consumer, 0.0)))
+        return self.terms().input_time(input_times.get(consumer, 0.0))
 
     def output_time(self, input_times: dict[str, float], gradients: Gradients | None = None) -> float:
         """Return the nanoseconds per element of the subtree (section 6).
@@ -251,19 +230,28 @@ class Node(Recorded, abc.ABC):
         nodes = [self, *self.collect_nodes(predicate=autotune_nodes)]
         for node in nodes:
             input_times[node.long_name] = node.input_time(input_times)
-        outputs: dict[str, Times] = {}
+        outputs: dict[str, float] = {}
         derivs: dict[str, float] = {}
         below_of: dict[str, list[tuple[str, str]]] = {}
         for node in reversed(nodes):
             # Of a live tree: inputs may be turned on meanwhile, as a parallel interleave does; they wait for the next time.
             counted = [other.long_name for other in node.counted_inputs if other.long_name in outputs]
             own, below = input_times[node.long_name], sum(map(outputs.__getitem__, counted))
-            outputs[node.long_name] = node.output_time_of(own, below)
+            terms = node.terms()
+            outputs[node.long_name] = terms.output_time(own, below)
             if gradients is not None:
-                slope = node.slope_of(own, below, sum(map(derivs.__getitem__, counted)))
+                slope = node._slope(terms, own, below, sum(map(derivs.__getitem__, counted)))
                 derivs[node.long_name] = slope.deriv or 0.0
                 node._apply(slope, gradients, below_of)
-        return float(outputs[self.long_name])
+        return outputs[self.long_name]
+
+    def _slope(self, terms: Terms, input_time: float, below: float, deriv: float) -> Slope:
+        """Section 6, for the input time X, and the sums of output times and derivatives of the inputs that count."""
+        if terms.ahead is None:
+            return terms.slope(None, deriv)
+        wait = terms.wait(input_time, below)
+        slope = terms.slope(wait, deriv)
+        return slope._replace(own=self.own_slope(terms, wait, slope.deriv or 0.0, below))
 
     def _apply(self, slope: Slope, gradients: Gradients, below_of: dict[str, list[tuple[str, str]]]) -> None:
         """Rescale the gradients of the subtree, and enter the node's own (section 6).

@@ -2,9 +2,7 @@
 
 import math
 import sys
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 
 class WaitTime(NamedTuple):
@@ -63,27 +61,3 @@ def _slow_producer(y: float, x: float, n: float) -> WaitTime:
     empty = (1 - v) / rest
     slope = ((n + 1 - n * v) * power - 1) / rest**2
     return WaitTime(empty * y, empty - slope * v, slope, empty * power * v * math.log(v) * y / rest)
-
-
-def wait_time(producer_time: Any, consumer_time: Any, buffer_size: Any) -> Any:
-    """Return the wait time alone; of vectors, the vector of wait times (section 5)."""
-    times = (producer_time, consumer_time, buffer_size)
-    if any(isinstance(time, np.ndarray) for time in times):
-        return _wait_times(*times)
-    return compute_wait_time(*times).wait
-
-
-def _wait_times(y: Any, x: Any, n: Any) -> Any:
-    """Section 5 for vectors: the last two rows, which hold the first two where y or x is 0, and the third where x = y."""
-    ratio = np.minimum(y, x)
-    ratio /= np.maximum(y, x)
-    power = ratio**n
-    rest = 1 - power * ratio
-    ratio = 1 - ratio
-    ratio /= rest
-    np.multiply(ratio, power, out=ratio, where=x > y)
-    ratio *= y
-    if np.isnan(ratio).any():
-        same = np.broadcast_to(np.equal(x, y), ratio.shape)
-        ratio[same] = np.broadcast_to(y / (n + 1), ratio.shape)[same]
-    return ratio
