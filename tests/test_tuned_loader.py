@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ def test_what_is_published_is_obeyed_and_no_batch_is_lost_or_out_of_order() -> N
         if len(seen) % 20 == 0:
             set_published(loader, generator.randint(1, 8), generator.randint(1, 16))
     assert seen == list(range(3000))
+
+
+def test_memory_is_bounded_by_the_bounds_whatever_is_published() -> None:
+    """Law 7: what was read and not taken waits, is in a worker's hand, or is being read."""
+    taken, most = 0, 0
+
+    def batches() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for read, batch in enumerate(numbers(2000)):
+            most = max(most, read + 1 - taken)
+            yield batch
+
+    loader = StagedDataLoader(batches(), max_capacity=5, max_num_threads=3, **TUNED)
+    generator = random.Random(2)
+    for batch in loader:
+        taken += 1
+        assert int(batch[0]) == taken - 1
+        set_published(loader, generator.randint(1, 3), generator.randint(1, 5))
+    assert 5 < most <= loader.options.most_batches + 1  # the one that the loop has just got is not counted as taken yet
 
 
 def test_threads_start_and_stop_and_the_buffer_grows_and_shrinks() -> None:
