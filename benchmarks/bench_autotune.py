@@ -194,7 +194,9 @@ def processor_bound(rounds: int, factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.
         assert tuning is not None
         trials = sum("waits" in change.why for change in tuning.changes)
         row = [f"{times[name].median * 1e3:.2f}" for name in ("fixed", "tuned")]
-        print(f"| {factor:g} | {' | '.join(row)} | {_spread(shares)} | {tuning.num_threads}, {tuning.capacity} | {trials} |")
+        print(
+            f"| {factor:g} | {' | '.join(row)} | {_spread(shares)} | {tuning.num_threads}, {tuning.capacity} | {trials} |"
+        )
 
 
 class _Computing:

@@ -22,11 +22,12 @@ Contract (tests/test_tuner.py has a test per number).
 """
 
 import collections
+import contextlib
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torchstage.autotune import AutotuneAlgorithm, OptimizationLoop, default_cpu_budget, default_ram_budget
@@ -137,8 +138,8 @@ class Tuner:
         started = time.perf_counter()
         threads, room = self.feed.num_threads, self.feed.capacity
         more = self._may_add()
-        self._bound(threads, room, more)
-        self._loop.step()
+        with self._bounded(threads, room, more):
+            self._loop.step()
         self._due = self._clock() + self._loop.period_ms / 1e3
         self._asked += 1
         self._asked_at = self._steps.total
@@ -157,8 +158,11 @@ class Tuner:
         """Whether how empty and how full the buffer was is known of many batches."""
         return self._steps.total - self._seen_since > LONG
 
-    def _bound(self, threads: int, room: int, more: bool) -> None:
-        """Bound what the model may choose from."""
+    @contextlib.contextmanager
+    def _bounded(self, threads: int, room: int, more: bool) -> Iterator[None]:
+        """Bound what the model may choose from, for one search."""
+        both = [self.feed.threads, self.feed.room]
+        before = [(parameter.min, parameter.max) for parameter in both]
         if self.feed.threads.tunable:
             able = self._cpu_budget / max(self._processor_share(), 1e-3)
             wanted = max(2 * threads, math.ceil(threads / max(1 - self._steps.waiting, 1e-3)))
@@ -167,6 +171,11 @@ class Tuner:
         if self.feed.room.tunable:
             self.feed.room.max = self._most_room if self._steps.waiting > GONE else room
             self.feed.room.min = self._least_room if self._seen_long() else room
+        try:
+            yield
+        finally:
+            for parameter, (least, most) in zip(both, before, strict=True):
+                parameter.min, parameter.max = least, most
 
     def _begin_trial(self, threads: int) -> None:
         more = self.feed.num_threads > threads

@@ -119,6 +119,7 @@ class _Row:
         self._passed, self._own, self._workers, self._ahead = np.empty((4, work.size))
         terms = self.refresh()
         self._ratio, self._turns, self._counts = terms.ratio, terms.turns, terms.counts
+        self._scales = terms.ratio != 1 or terms.turns != 1
         self._waits, self._shares = terms.ahead is not None, bool((self._workers != 1).any())
         steps_differ = any(self._passed[column] != terms.passed for column, _ in steps)
         self.input_times_differ: bool = steps_differ or (consumer is not None and consumer.input_times_differ)
@@ -150,39 +151,33 @@ class _Row:
     def pass_on(self) -> None:
         """Compute X from the consumer's."""
         times = np.add(self._inherited, self._passed, self.input_times)
-        if self._ratio != 1:
-            np.divide(times, self._ratio, times)
-        if self._turns != 1:
-            np.multiply(times, self._turns, times)
+        if self._scales:
+            np.multiply(np.divide(times, self._ratio, times), self._turns, times)
 
     def sum_up(self) -> None:
         """Compute O from the inputs'."""
         if not self.inputs:
             self.output_times[:] = self._own
             return
-        times = self._scaled(self._sum(), self._work.producer)
+        work = self._work
+        times = self.inputs[0].output_times if len(self.inputs) == 1 else self._sum(work.producer)
+        own_times = self.input_times
+        if self._scales:
+            times, own_times = self._scaled(times, work.producer), self._scaled(own_times, work.consumer)
         if self._shares:
-            times = np.divide(times, self._workers, self._work.producer)
-        if self._waits:
-            times = self._wait(times, self._scaled(self.input_times, self._work.consumer))
-        np.add(self._own, times, self.output_times)
+            times = np.divide(times, self._workers, work.producer)
+        np.add(self._own, self._wait(times, own_times) if self._waits else times, self.output_times)
 
-    def _sum(self) -> Vector:
+    def _sum(self, total: Vector) -> Vector:
         first, *others = [row.output_times for row in self.inputs]
-        if not others:
-            return first
-        work = self._work.producer
-        np.copyto(work, first)
+        np.copyto(total, first)
         for times in others:
-            np.add(work, times, work)
-        return work
+            np.add(total, times, total)
+        return total
 
-    def _scaled(self, times: Vector, work: Vector) -> Vector:
-        if self._ratio != 1:
-            times = np.multiply(times, self._ratio, work)
-        if self._turns != 1:
-            times = np.divide(times, self._turns, work)
-        return times
+    def _scaled(self, times: Vector, scaled: Vector) -> Vector:
+        """Return the nanoseconds for what an element needs of the inputs: y, but for the workers, or x."""
+        return np.divide(np.multiply(times, self._ratio, scaled), self._turns, scaled)
 
     def _wait(self, producer: Vector, consumer: Vector) -> Vector:
         """Section 5; where a time is 0, its last two cases come to what the first two say."""

@@ -79,7 +79,7 @@ class OptimizationLoop:
         self.period_ms = FIRST_PERIOD_MS
         self.target_share = 1.0
         self._model = weakref.ref(model)
-        self._watch = self._model
+        self._watch = self._model  # of a thread: cancels it when the model goes
         self._algorithm, self._budgets = AutotuneAlgorithm(algorithm), (cpu_budget, ram_budget)
         self._clock = clock or model.clock
         self._starting = threading.Lock()

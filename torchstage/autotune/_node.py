@@ -7,6 +7,8 @@ deep, so that nothing recurses: tables are filled from the root down, or in the 
 import abc
 import collections
 import enum
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -236,11 +238,11 @@ class Node(Recorded, abc.ABC):
         for node in reversed(nodes):
             # Of a live tree: inputs may be turned on meanwhile, as a parallel interleave does; they wait for the next time.
             counted = [other.long_name for other in node.counted_inputs if other.long_name in outputs]
-            own, below = input_times[node.long_name], sum(map(outputs.__getitem__, counted))
+            own, below = input_times[node.long_name], add_up(map(outputs.__getitem__, counted))
             terms = node.terms()
             outputs[node.long_name] = terms.output_time(own, below)
             if gradients is not None:
-                slope = node._slope(terms, own, below, sum(map(derivs.__getitem__, counted)))
+                slope = node._slope(terms, own, below, add_up(map(derivs.__getitem__, counted)))
                 derivs[node.long_name] = slope.deriv or 0.0
                 node._apply(slope, gradients, below_of)
         return outputs[self.long_name]
@@ -288,7 +290,7 @@ class Node(Recorded, abc.ABC):
         totals: dict[str, float] = {}
         for node in [*self.collect_nodes("reverse", autotune_nodes), self]:
             counted = [other for other in node.counted_inputs if other.long_name in totals]
-            below = sum(node.history.weigh(totals[other.long_name], other.num_elements) for other in counted)
+            below = add_up(node.history.weigh(totals[other.long_name], other.num_elements) for other in counted)
             totals[node.long_name] = node.processing_time_of(below)
             if processing_times is not None:
                 processing_times[node.long_name] = node.self_processing_time()
@@ -299,11 +301,11 @@ class Node(Recorded, abc.ABC):
     def total_buffered_bytes(self) -> float:
         """Return the bytes that are buffered in the subtree."""
         buffers = [n for n in self._nodes_on() if BUFFER_SIZE in n.parameters or PARALLELISM in n.parameters]
-        return float(sum(node.buffered_bytes for node in buffers))
+        return add_up(node.buffered_bytes for node in buffers)
 
     def total_maximum_buffered_bytes(self) -> float:
         """Return the most bytes that the subtree may buffer. Buffers without a parameter are not seen (D20)."""
-        return sum(node.maximum_buffered_bytes() for node in self._nodes_on())
+        return add_up(node.maximum_buffered_bytes() for node in self._nodes_on())
 
     def _nodes_on(self) -> list["Node"]:
         return [self, *self.collect_nodes(predicate=autotune_nodes)] if self.autotune else []
@@ -326,3 +328,8 @@ class Node(Recorded, abc.ABC):
             now, before = (self.bytes_consumed, self.bytes_produced, self.num_elements), self._flushed
             self._flushed = now
         self.metrics.add(self.name, now[0] - before[0], now[1] - before[1], now[2] - before[2])
+
+
+def add_up(numbers: Iterable[float]) -> float:
+    """Return the sum, added in order: `sum` rounds otherwise from Python 3.12 on, and searches compare to the last bit."""
+    return functools.reduce(operator.add, numbers, 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torchstage.autotune._flat import Flat, Pair
-from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, autotune_nodes
+from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, add_up, autotune_nodes
 from torchstage.autotune._options import AutotuneAlgorithm, ModelOptions
 from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
 from torchstage.autotune._timing import ModelTiming
@@ -110,7 +110,7 @@ class _Memory:
             self._bytes[node] = node.maximum_buffered_bytes()
 
     def total(self) -> float:
-        return sum(self._bytes.values())
+        return add_up(self._bytes.values())
 
 
 def _gradient_descent(task: Task, pairs: list[Pair]) -> Found:
