@@ -117,9 +117,10 @@ def test_nothing_jumps_where_both_are_as_fast(n: float, side: int) -> None:
 def test_more_buffer_and_a_slower_consumer_never_add_waiting() -> None:
     for y, x, n in itertools.product(TIMES, TIMES, SIZES):
         here = compute_wait_time(y, x, n).wait
+        most = here * (1 + 1e-9)
         assert 0 <= here <= y
-        assert compute_wait_time(y, x, n + 1).wait <= here
-        assert compute_wait_time(y, 2 * x, n).wait <= here
+        assert compute_wait_time(y, x, n + 1).wait <= most
+        assert compute_wait_time(y, 2 * x, n).wait <= most
 
 
 def test_times_have_no_unit() -> None:
