@@ -30,7 +30,6 @@ from torchstage.autotune import (
     make_source_node,
     make_unknown_node,
 )
-from torchstage.autotune._snapshot import debug_string
 
 PLENTY = 1e18
 PATIENCE = 20.0  # seconds, for what happens at once
@@ -439,7 +438,7 @@ def test_the_text_of_a_node_lists_its_counters_and_then_its_inputs() -> None:
         *text("leaf(id:4)", "", 1, 0, 0, 0, 0, 0, 0),
         *text("right(id:3)", "", 0, 16, 2, 0, 0, 0, 0),
     ]
-    lines = debug_string(root).splitlines()
+    lines = root.debug_string().splitlines()
     assert [line.replace(" ", "") for line in lines] == expected
     assert [line.startswith(" ") for line in lines] == [not line.endswith(":") for line in expected]
 

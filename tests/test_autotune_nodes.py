@@ -266,7 +266,7 @@ def test_a_consumer_does_not_get_a_node_as_input_by_itself() -> None:
     root = make_unknown_node(NodeArgs(1, "root"))
     below = make_source_node(NodeArgs(2, "files", root))
     assert below.output is root
-    assert len(root.inputs) == 0
+    assert below not in root.inputs
     root.add_input(below)
     assert root.inputs == (below,)
 

@@ -12,6 +12,7 @@ Times are nanoseconds as float64. It needs NumPy only.
 """
 
 from torchstage.autotune._budgets import default_cpu_budget, default_ram_budget
+from torchstage.autotune._clock import CancellationToken, Clock
 from torchstage.autotune._kinds import (
     AsyncInterleaveMany,
     AsyncKnownRatio,
@@ -29,19 +30,10 @@ from torchstage.autotune._kinds import (
     make_unknown_node,
     make_unknown_ratio_node,
 )
-from torchstage.autotune._loop import CancellationToken, Clock, OptimizationLoop
+from torchstage.autotune._loop import OptimizationLoop
 from torchstage.autotune._metrics import Metrics
 from torchstage.autotune._model import Model, OptimizationResult
-from torchstage.autotune._node import (
-    MODEL_INPUT_TIME,
-    Node,
-    NodeArgs,
-    NodeKind,
-    any_node,
-    async_nodes,
-    autotune_nodes,
-    sync_nodes,
-)
+from torchstage.autotune._node import MODEL_INPUT_TIME, Node, NodeKind
 from torchstage.autotune._options import AutotuneAlgorithm, ModelOptions
 from torchstage.autotune._parameters import (
     AUTOTUNE,
@@ -58,6 +50,7 @@ from torchstage.autotune._parameters import (
 )
 from torchstage.autotune._save import OptimizationParams
 from torchstage.autotune._timing import ModelTiming, NodeTiming
+from torchstage.autotune._tree import NodeArgs, any_node, async_nodes, autotune_nodes, sync_nodes
 from torchstage.autotune._wait import WaitTime, compute_wait_time
 
 __all__ = [

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from torchstage.autotune._node import Node, autotune_nodes
+from torchstage.autotune._node import Node
 from torchstage.autotune._parameters import Parameter
 from torchstage.autotune._terms import Terms
+from torchstage.autotune._tree import autotune_nodes
 
 Vector = npt.NDArray[np.float64]
 Pair = tuple[Node, Parameter]

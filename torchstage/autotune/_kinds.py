@@ -8,7 +8,7 @@ m the number of inputs of an interleave after the first that are on (k - 1 there
 import math
 from collections.abc import Iterable, Sequence
 
-from torchstage.autotune._node import Node, NodeArgs, NodeKind
+from torchstage.autotune._node import Node, NodeKind
 from torchstage.autotune._parameters import (
     BUFFER_SIZE,
     CYCLE_LENGTH,
@@ -17,6 +17,7 @@ from torchstage.autotune._parameters import (
     Parameter,
 )
 from torchstage.autotune._terms import Terms
+from torchstage.autotune._tree import NodeArgs
 from torchstage.autotune._wait import WaitTime
 
 

@@ -5,51 +5,11 @@ at once, and `OptimizationLoop.stop` ends it within a round of the search and a 
 """
 
 import threading
-import time
 import weakref
-from typing import TYPE_CHECKING
 
+from torchstage.autotune._clock import CancellationToken, Clock
+from torchstage.autotune._model import Model, OptimizationResult
 from torchstage.autotune._options import AutotuneAlgorithm
-
-if TYPE_CHECKING:
-    from torchstage.autotune._model import Model, OptimizationResult
-
-
-class CancellationToken:
-    """Tells a search or a loop to stop, for good. Any thread may cancel, also from a finalizer."""
-
-    def __init__(self) -> None:
-        self._cancelled = False
-        # Its lock can be taken twice, unlike that of an Event: a finalizer may run, and cancel, inside wait().
-        self._condition = threading.Condition()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether to stop."""
-        return self._cancelled
-
-    def cancel(self) -> None:
-        """Tell it."""
-        self._cancelled = True
-        with self._condition:
-            self._condition.notify_all()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for so long, or until cancelled; return whether it was cancelled."""
-        with self._condition:
-            return self._condition.wait_for(lambda: self._cancelled, seconds)
-
-
-class Clock:
-    """The time. Replace it to test without waiting."""
-
-    def now_ns(self) -> int:
-        """Return the time in nanoseconds, from any origin."""
-        return time.perf_counter_ns()
-
-    def wait(self, token: CancellationToken, seconds: float) -> bool:
-        """Wait for so long; return early, and True, if the token is cancelled."""
-        return token.wait(seconds)
 
 
 class OptimizationLoop:
@@ -69,7 +29,7 @@ class OptimizationLoop:
 
     def __init__(
         self,
-        model: "Model",
+        model: Model,
         algorithm: AutotuneAlgorithm,
         cpu_budget: float,
         ram_budget: float,
@@ -86,7 +46,7 @@ class OptimizationLoop:
         self._token = CancellationToken()
         self._thread: threading.Thread | None = None
 
-    def step(self, cancellation: CancellationToken | None = None) -> "OptimizationResult | None":
+    def step(self, cancellation: CancellationToken | None = None) -> OptimizationResult | None:
         """Optimize once, now, and double the period; return None if the model is gone."""
         model = self._model()  # a strong reference, for this call only
         if model is None:

@@ -11,13 +11,14 @@ from typing import Any
 
 from torchstage.autotune._budgets import RAM_BUDGET_SHARE, free_memory
 from torchstage.autotune._buffers import optimize_buffers
-from torchstage.autotune._loop import CancellationToken, Clock
+from torchstage.autotune._clock import CancellationToken, Clock
 from torchstage.autotune._metrics import Metrics
-from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, NodeArgs
+from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node
 from torchstage.autotune._optimizers import Task, search
 from torchstage.autotune._options import AutotuneAlgorithm, ModelOptions
 from torchstage.autotune._parameters import Parameter, publish
 from torchstage.autotune._save import OptimizationParams, dump, load, parse, read, text_of, write
+from torchstage.autotune._tree import NodeArgs
 
 
 @dataclasses.dataclass(frozen=True)

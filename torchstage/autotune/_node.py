@@ -1,30 +1,29 @@
-"""A node of the model: its place in the tree, and how times and bytes are summed up over it (sections 3.5, 6, 7 and 8).
+"""A node of the model: how times and bytes are summed up over the tree below it (sections 6 to 8).
 
-What a kind of node costs is in `_kinds`, and what is recorded in `_recorded`; here is what all kinds share. Trees may be
-deep, so that nothing recurses: tables are filled from the root down, or in the reverse order.
+What a kind of node costs is in `_kinds`, what is recorded in `_recorded`, and the tree in `_tree`; here is what all kinds
+share. Nothing recurses: tables are filled from the root down, or in the reverse order.
 """
 
 import abc
-import collections
 import enum
 import functools
 import operator
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from typing_extensions import Self
 
 from torchstage.autotune._metrics import Metrics
 from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
-from torchstage.autotune._recorded import InputHistory, Recorded
-from torchstage.autotune._snapshot import debug_string, snapshot
 from torchstage.autotune._terms import Slope, Terms
+from torchstage.autotune._tree import NodeArgs, Tree, autotune_nodes
 from torchstage.autotune._wait import WaitTime
 
 MODEL_INPUT_TIME = "model_input_time"
 """The entry of a table of input times that stands for the consumer of the root."""
 
 Gradients = dict[tuple[str, str], float]
-Predicate = Callable[["Node"], bool]
+K = TypeVar("K", bound="Node")
 
 
 class NodeKind(enum.IntEnum):
@@ -39,35 +38,7 @@ class NodeKind(enum.IntEnum):
     ASYNC_UNKNOWN_RATIO = 6
 
 
-class NodeArgs(NamedTuple):
-    """What a factory of nodes is called with."""
-
-    id: int
-    name: str
-    output: "Node | None" = None
-
-
-def any_node(_: "Node") -> bool:
-    """Predicate of a traversal: every node."""
-    return True
-
-
-def autotune_nodes(node: "Node") -> bool:
-    """Predicate of a traversal: nodes that are on."""
-    return node.autotune
-
-
-def sync_nodes(node: "Node") -> bool:
-    """Predicate of a traversal: synchronous nodes."""
-    return not node.is_async
-
-
-def async_nodes(node: "Node") -> bool:
-    """Predicate of a traversal: asynchronous nodes."""
-    return node.is_async
-
-
-class Node(Recorded, abc.ABC):
+class Node(Tree, abc.ABC):
     """An operator of a pipeline. Any thread may record.
 
     Args:
@@ -81,20 +52,10 @@ class Node(Recorded, abc.ABC):
     kind: NodeKind
 
     def __init__(self, args: NodeArgs, parameters: Iterable[Parameter] = ()) -> None:
-        super().__init__()
-        self.id, self.name, self.output = args
-        self.long_name = f"{self.name}(id:{self.id})"
-        self.autotune = True
-        self.parameters: dict[str, Parameter] = {}
-        for parameter in parameters:
-            if parameter.name in self.parameters:
-                raise ValueError(f"the parameters of a node must differ in name. Found: {parameter.name!r} twice.")
-            self.parameters[parameter.name] = parameter
-        self.history = InputHistory()
+        super().__init__(args, parameters)
         self.record_metrics = True
         self.metrics: Metrics | None = None
         self._flushed = (0.0, 0.0, 0)
-        self._inputs: list[Node] = []
 
     def __del__(self) -> None:
         if getattr(self, "metrics", None) is not None:
@@ -129,91 +90,6 @@ class Node(Recorded, abc.ABC):
     def counted_inputs(self) -> Sequence["Node"]:
         """The inputs whose times count in this node's."""
         return [node for node in self.inputs if node.autotune]
-
-    # The tree.
-
-    @property
-    def output(self) -> "Node | None":
-        """The consumer, which is not owned: None on the root, and where the consumer is gone."""
-        return None if self._output is None else self._output()
-
-    @output.setter
-    def output(self, node: "Node | None") -> None:
-        self._output = None if node is None else weakref.ref(node)
-
-    @property
-    def inputs(self) -> tuple["Node", ...]:
-        """The inputs, in order."""
-        return tuple(self._inputs)
-
-    def add_input(self, node: "Node") -> None:
-        """Append an input."""
-        with self._lock:
-            self._inputs.append(node)
-
-    def remove_input(self, node: "Node") -> None:
-        """Remove that object from the inputs, if it is among them."""
-        with self._lock:
-            self._inputs = [other for other in self._inputs if other is not node]
-
-    def collect_nodes(
-        self, order: Literal["breadth_first", "reverse"] = "breadth_first", predicate: Predicate = any_node
-    ) -> list["Node"]:
-        """Return the nodes below this one in breadth-first or in reverse order (section 3.5).
-
-        A node for which ``predicate`` does not hold is left out with all that is below it.
-
-        Raises:
-            ValueError: the order is neither.
-        """
-        if order not in ("breadth_first", "reverse"):
-            raise ValueError(f"order must be 'breadth_first' or 'reverse'. Found: {order!r}.")
-        found: list[Node] = []
-        waiting = collections.deque([self])
-        while waiting:
-            chosen = [node for node in waiting.popleft().inputs if predicate(node)]
-            found += chosen
-            waiting += chosen
-        return found if order == "breadth_first" else found[::-1]
-
-    # Parameters (sections 2 and 3.4).
-
-    def compute_self_time(self) -> float:
-        """Return the newest nanoseconds per element, shared by the parallel workers of an asynchronous kind."""
-        if not self.num_elements:
-            return 0.0
-        return self.processing_time_ema / float(self.value_of(PARALLELISM, 1.0) if self.is_async else 1.0)
-
-    def value_of(self, name: str, default: float) -> float:
-        """Return the model value of a parameter, or ``default`` if the node has none of that name."""
-        parameter = self.parameters.get(name)
-        return default if parameter is None else parameter.value
-
-    def parameter_value(self, name: str) -> float:
-        """Return the model value of a parameter (D7).
-
-        Raises:
-            KeyError: the node has no parameter of that name.
-        """
-        if name not in self.parameters:
-            there = ", ".join(map(repr, self.parameters)) or "none"
-            raise KeyError(f"{self.long_name} has no parameter {name!r}. Its parameters: {there}.")
-        return self.parameters[name].value
-
-    def has_tunable_parameters(self) -> bool:
-        """Whether any parameter may be chosen by the model."""
-        return any(parameter.tunable for parameter in self.parameters.values())
-
-    def collect_node_tunable_parameters(self) -> list[tuple["Node", Parameter]]:
-        """Return the node's tunable parameters; none while it is off or has no elements (section 3.5)."""
-        if not self.autotune or not self.num_elements:
-            return []
-        return [(self, parameter) for parameter in self.parameters.values() if parameter.tunable]
-
-    def collect_tunable_parameters(self) -> list[tuple["Node", Parameter]]:
-        """Return the tunable parameters of the subtree, leaves first (section 3.5)."""
-        nodes = [*self.collect_nodes("reverse", autotune_nodes), self]
-        return [pair for node in nodes for pair in node.collect_node_tunable_parameters()]
 
     # Times (sections 6 and 7).
 
@@ -310,15 +186,12 @@ class Node(Recorded, abc.ABC):
     def _nodes_on(self) -> list["Node"]:
         return [self, *self.collect_nodes(predicate=autotune_nodes)] if self.autotune else []
 
-    # Copies, text and metrics (section 12).
+    # Metrics (section 12.4).
 
-    def snapshot(self, carry_history: bool = False) -> "Node":
-        """Return a copy of the subtree; see `torchstage.autotune._snapshot.snapshot`."""
-        return snapshot(self, carry_history)
-
-    def debug_string(self) -> str:
-        """Return the text of the subtree, a node after the other with its inputs after it (section 12.3)."""
-        return debug_string(self)
+    def _twin(self, output: Self | None, carry_history: bool) -> Self:
+        twin = super()._twin(output, carry_history)
+        twin.metrics, twin.record_metrics = None, False
+        return twin
 
     def flush_metrics(self) -> None:
         """Add what came since the last flush to the model's counters (section 12.4)."""

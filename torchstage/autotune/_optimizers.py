@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torchstage.autotune._flat import Flat, Pair
-from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, add_up, autotune_nodes
+from torchstage.autotune._node import MODEL_INPUT_TIME, Gradients, Node, add_up
 from torchstage.autotune._options import AutotuneAlgorithm, ModelOptions
 from torchstage.autotune._parameters import BUFFER_SIZE, PARALLELISM, Parameter
 from torchstage.autotune._timing import ModelTiming
+from torchstage.autotune._tree import autotune_nodes
 
 
 class Task(NamedTuple):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torchstage.autotune import _kinds as kinds
-from torchstage.autotune._node import Node, NodeArgs, NodeKind
+from torchstage.autotune._node import Node, NodeKind
 from torchstage.autotune._options import AutotuneAlgorithm
 from torchstage.autotune._parameters import AUTOTUNE, Parameter, SharedState
+from torchstage.autotune._tree import NodeArgs
 
 SCHEMA_VERSION = 1
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 from torchstage.autotune._kinds import AsyncInterleaveMany, InterleaveMany
-from torchstage.autotune._node import Node, autotune_nodes, sync_nodes
+from torchstage.autotune._node import Node
 from torchstage.autotune._options import ModelOptions
 from torchstage.autotune._parameters import CYCLE_LENGTH, DETERMINISTIC, PARALLELISM
+from torchstage.autotune._tree import autotune_nodes, sync_nodes
 
 
 @dataclasses.dataclass
