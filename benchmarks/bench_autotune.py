@@ -303,12 +303,12 @@ def draw(sweeps: Mapping[str, Sweep], path: Path) -> None:
         axis.set_xticks(factors, [f"{factor:g}" for factor in factors])
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("stage / step")
-        axis.set_ylim(0, 1.1)
+        axis.set_ylim(0, 1.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("throughput / best of the grid")
     axes[0][0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
