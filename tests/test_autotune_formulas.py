@@ -420,6 +420,19 @@ def test_faster_workers_below_a_buffer_make_their_producer_wait_less() -> None:
     assert gradients(root)[key(root)] == pytest.approx(expected)
 
 
+def test_the_wait_below_an_interleave_comes_up_through_it() -> None:
+    # X is 100 + 50 of the root, then (150 + 10) * 2, and with 5 of their own the buffers wait for 325.
+    ahead = [buffer(1, 5, source(time)) for time in (9000, 300, 400)]
+    mixed = Spec("async_interleave", 0, {PARALLELISM: 2}, times=[10], inputs=ahead)
+    root = tree(workers(2, 100, [mixed]))
+    one, other = compute_wait_time(300, 325, 1), compute_wait_time(400, 325, 1)
+    here = compute_wait_time((5 + one.wait + 5 + other.wait) / 2 / 2, 160, 2)
+    above = compute_wait_time(10 + here.wait, 150, 2)
+    deriv = here.consumer_deriv + here.producer_deriv * (one.consumer_deriv + other.consumer_deriv) / 2
+    expected = above.buffer_size_deriv - (1 + above.consumer_deriv + above.producer_deriv * deriv) * 100 / 4
+    assert gradients(root)[key(root)] == pytest.approx(expected)
+
+
 # Total processing times and the history (4.3 and 7).
 
 
