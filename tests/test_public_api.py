@@ -12,6 +12,8 @@ import pytest
 import torchstage
 
 PUBLIC = [
+    "AUTOTUNE",
+    "AutotuneAlgorithm",
     "Plan",
     "SmartStageOptions",
     "Staged",
@@ -19,6 +21,7 @@ PUBLIC = [
     "StagedModel",
     "Stats",
     "add_stage_thread_pool",
+    "autotune",
     "close_stage_thread_pools",
     "errors",
     "make_prefetch_hook",
