@@ -144,7 +144,8 @@ class Simulation:
                     self.tuner.staged(read, read + stage, job.total if job.on_processor else 0.0, 1000)
         if self._step is not None and self._step.left <= 1e-12:
             self._step = None
-            self._came, self._found = self.now, len(self._buffer)
+            self._came = self.now
+            self._found = len(self._buffer) if self._next_take in self._buffer else 0
 
     def _free(self, worker: int) -> None:
         if worker < self._num_threads:

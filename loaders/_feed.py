@@ -93,11 +93,11 @@ class Feed:
         stage.record_element()
         stage.record_bytes_produced(nbytes)
 
-    def took(self, gap: float | None, waiting: int) -> None:
-        """Record that a client came for a batch, ``gap`` seconds after its last one, and found so many waiting."""
+    def took(self, gap: float | None, ready: int) -> None:
+        """Record that a client came for a batch, ``gap`` seconds after its last one, and found so many ready."""
         buffer = self._buffer
         size = self._stage.average_buffered_element_size()
-        change = waiting - buffer.buffered_elements
+        change = ready - buffer.buffered_elements
         buffer.record_buffer_event(change * size, change)
         buffer.record_bytes_produced(size)
         buffer.record_element()

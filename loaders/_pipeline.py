@@ -154,8 +154,8 @@ class Pipeline:
             BaseException: the error at this position.
         """
         started = time.perf_counter()
-        waiting = len(self.channel)
-        occupancy = min(waiting / self.channel.capacity, 1.0)
+        ready = self.channel.ready
+        occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
         if self.channel.slot_kept:
             self._holding_back = False  # the model was not run on the last batch
         item = self.channel.take(keep_slot=self._holding_back)
@@ -166,7 +166,7 @@ class Pipeline:
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
         if self._tuner is not None:
-            self._tuner.took(wait, waiting)
+            self._tuner.took(wait, ready)
         item.batch.check_not_overwritten(item.number)
         return item
 

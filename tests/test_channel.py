@@ -785,3 +785,13 @@ def test_a_channel_cannot_be_resized_to_no_room() -> None:
     with pytest.raises(ValueError, match=r"capacity must be >= 1\. Found: 0\."):
         channel.resize(0)
     assert channel.capacity == 2
+
+
+def test_nothing_is_ready_while_the_next_in_order_is_missing() -> None:
+    channel: Channel[int] = Channel(3)
+    channel.put(1, 1)
+    assert (len(channel), channel.ready) == (1, 0)
+    channel.put(0, 0)
+    assert channel.ready == 2
+    channel.take()
+    assert channel.ready == 1

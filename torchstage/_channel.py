@@ -122,6 +122,11 @@ class Channel(Generic[T]):
                 self._room.notify_all()
 
     @property
+    def ready(self) -> int:
+        """How many items wait, or 0 while the next one in order is not among them."""
+        return len(self._items) if self._next in self._items else 0
+
+    @property
     def capacity(self) -> int:
         """How many items may wait now."""
         return self._capacity
