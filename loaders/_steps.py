@@ -29,6 +29,7 @@ class Steps:
         self.total = 0
         self._lock = threading.Lock()
         self._skip = 0
+        self._pauses = 0
         self._gaps: collections.deque[float] = collections.deque(maxlen=MOST)
         self._waits: collections.deque[float] = collections.deque(maxlen=MOST)
 
@@ -38,9 +39,22 @@ class Steps:
             self.total += 1
             if self._skip:
                 self._skip -= 1
-            elif len(self._gaps) < FEW or gap < PAUSE * statistics.median(itertools.islice(self._gaps, FEW)):
+            elif self._is_pause(gap):
+                self._pauses += 1
+            else:
+                self._pauses = 0
                 self._gaps.append(gap)
                 self._waits.append(wait)
+
+    def _is_pause(self, gap: float) -> bool:
+        """Whether the loop did something else for once; if it does so again and again, its steps have become longer."""
+        if len(self._gaps) < FEW or gap < PAUSE * statistics.median(itertools.islice(self._gaps, FEW)):
+            return False
+        if self._pauses < FEW:
+            return True
+        self._gaps.clear()
+        self._waits.clear()
+        return False
 
     def skip(self, count: int) -> None:
         """Leave out the next ``count`` steps, at least."""

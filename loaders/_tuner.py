@@ -209,7 +209,7 @@ class Tuner:
             self._due = 0.0
         else:
             if threads > 2 * trial.threads:
-                self._cap = threads // 2
+                self._cap = max(threads // 2, trial.threads + 1)
             else:
                 self._held[trial.more].extend(self._steps.total)
                 self._cap = self._most_threads

@@ -81,6 +81,13 @@ def test_2_if_many_do_not_help_half_as_many_are_tried() -> None:
     assert threads(simulation) == 1
 
 
+def test_2_two_threads_are_tried_after_three_did_not_help() -> None:
+    shared = costs(stage=4.5 * STEP, stage_on_processor=True, step_on_processor=True)
+    simulation = tuned(shared, processors=1, cpu_budget=64, max_num_threads=3).run(200)
+    tried = [int(change.split(" -> ")[1].split(":")[0]) for change in changes(simulation) if "waits" in change]
+    assert tried == [3, 2]
+
+
 def test_2_no_more_than_the_bound() -> None:
     assert threads(tuned(costs(stage=8 * STEP), max_num_threads=3).run(400)) == 3
 
