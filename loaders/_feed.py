@@ -115,8 +115,13 @@ class Feed:
 
 
 def bytes_of(leaves: Iterable[Any]) -> int:
-    """Return the bytes of the tensors and arrays among ``leaves``."""
-    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (torch.Tensor, np.ndarray)))
+    """Return the bytes of the dense tensors and arrays among ``leaves``; others do not say how large they are."""
+    dense = [leaf for leaf in leaves if isinstance(leaf, np.ndarray) or _is_dense(leaf)]
+    return sum(leaf.nbytes for leaf in dense)
+
+
+def _is_dense(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_nested
 
 
 def _parameter(name: str, value: int, least: int, most: int) -> Parameter:

@@ -33,6 +33,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchstage._channel import Channel
@@ -106,8 +107,7 @@ class Pipeline:
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
-        if self._tuner is not None:
-            self._tuner.begin()
+        self._tell_tuner(Tuner.begin)
         self.resize(self._num_threads, self.channel.capacity)
 
     def resize(self, num_threads: int, capacity: int) -> None:
@@ -165,8 +165,7 @@ class Pipeline:
             item.bound.ticket.on_used = self.channel.free_slot
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
-        if self._tuner is not None:
-            self._tuner.took(wait, ready)
+        self._tell_tuner(lambda tuner: tuner.took(wait, ready))
         item.batch.check_not_overwritten(item.number)
         return item
 
@@ -245,24 +244,34 @@ class Pipeline:
             return
         seconds = time.perf_counter() - started
         self.recorder.staged(read_seconds, None if bound is None else seconds)
-        if self._tuner is not None:
-            spent, self._worker.spent = getattr(self._worker, "spent", 0.0), time.thread_time()
-            nbytes = bytes_of(batch.leaves) + (0 if bound is None else bound.ticket.nbytes)
-            self._tuner.staged(read_seconds, read_seconds + seconds, self._worker.spent - spent, nbytes)
+        self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, read_seconds, seconds)))
         self._put(index, Item(index, batch, bound))
         self._in_hand.pop(index, None)
-        if self._tuner is not None:
-            self._tune(self._tuner)
+        self._tell_tuner(self._tune)
 
-    def _tune(self, tuner: Tuner) -> None:
-        """Let the tuner decide, and take on what is published. A flaw in it must not cost the user's run."""
+    def _costs_of(
+        self, batch: Batch, bound: Bound | None, read: float, stage: float
+    ) -> tuple[float, float, float, int]:
+        """Return what a batch took, the last of it its bytes; see `Tuner.staged`."""
+        spent, self._worker.spent = getattr(self._worker, "spent", 0.0), time.thread_time()
+        nbytes = bytes_of(batch.leaves) + (0 if bound is None else bound.ticket.nbytes)
+        return read, read + stage, self._worker.spent - spent, nbytes
+
+    def _tell_tuner(self, what: Callable[[Tuner], object]) -> None:
+        """Do something with the tuner, if there is one. A flaw in it must not cost the user's run."""
+        tuner = self._tuner
+        if tuner is None:
+            return
         try:
-            tuner.tick()
-            self._obey(tuner.feed)
+            what(tuner)
         except Exception as error:  # noqa: BLE001
             self._tuner = None
             told = f"tuning failed and is off until the next epoch: {error!r}"
             self.recorder.warn_once("tuning", TorchstageWarning, told)
+
+    def _tune(self, tuner: Tuner) -> None:
+        tuner.tick()
+        self._obey(tuner.feed)
 
     def _obey(self, feed: Feed) -> None:
         wanted = (feed.num_threads, feed.capacity)
@@ -295,6 +304,12 @@ class Pipeline:
         self.recorder.drop(reason)
         self.recorder.warn_once(f"drop {reason}", DroppedBatchWarning, f"a batch was dropped: {what}")
 
+    def broke(self, index: int, error: BaseException) -> None:
+        """Raise to the client, at this batch's position, what nobody expected of a worker."""
+        self._in_hand.pop(index, None)
+        add_note(error, f"raised while handing on batch {index}, on a torchstage thread")
+        self._fail(index, error)
+
     def _fail(self, index: int, error: BaseException) -> None:
         self._ended = True
         self.channel.fail(index, error)
@@ -310,7 +325,12 @@ def _work(pipeline: Pipeline, number: int) -> None:
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
         while pipeline.stays(number) and (got := pipeline.read()) is not None:
-            pipeline.process(*got)
+            try:
+                pipeline.process(*got)
+            except (ChannelCancelled, ChannelClosed):
+                raise
+            except BaseException as error:  # noqa: BLE001 - else the client would wait for this batch for ever
+                pipeline.broke(got[0], error)
             del got  # or this frame keeps the batch alive while it waits for the next
 
 

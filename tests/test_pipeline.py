@@ -134,6 +134,25 @@ def test_5_nothing_is_read_after_an_error() -> None:
     assert counts.calls == 3
 
 
+def test_5_what_nobody_expected_of_a_worker_is_raised_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flaw of the pipeline's own: the client must not wait for that batch for ever."""
+    pipeline = pipeline_of(iter(numbers(6)), num_threads=2, capacity=2)
+    put = pipeline._put
+
+    def flawed(index: int, item: Any) -> None:
+        if index == 2:
+            raise KeyError("flaw")
+        put(index, item)
+
+    monkeypatch.setattr(pipeline, "_put", flawed)
+    pipeline.start()
+    assert [pipeline.take().number for _ in range(2)] == [0, 1]
+    with pytest.raises(KeyError, match="flaw") as caught:
+        pipeline.take()
+    assert "raised while handing on batch 2" in "".join(caught.value.__notes__)
+    pipeline.stop()
+
+
 class Skips:
     """Raises for some batches and can go on."""
 

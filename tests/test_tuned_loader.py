@@ -25,6 +25,7 @@ from tests.support import (
 from torchstage import AUTOTUNE, StagedDataLoader, smart_stage
 from torchstage.autotune import BUFFER_SIZE, PARALLELISM, Model, Node, Parameter
 from torchstage.errors import OptionError
+from torchstage.loaders._tuner import Tuner
 
 TUNED: dict[str, Any] = {"capacity": AUTOTUNE, "num_threads": AUTOTUNE}
 
@@ -271,11 +272,24 @@ def test_a_thread_that_cannot_be_started_is_done_without(monkeypatch: pytest.Mon
         assert len(list(iterator)) == 299
 
 
-def test_a_flaw_in_the_tuner_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = StagedDataLoader(numbers(50), **TUNED)
-    assert loader._shared.tuner is not None
-    monkeypatch.setattr(loader._shared.tuner, "tick", lambda: 1 / 0)
+@pytest.mark.parametrize("where", ["tick", "staged", "took", "begin"])
+def test_a_flaw_in_the_tuner_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def flawed(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Tuner, where, flawed)
+    loader = StagedDataLoader(numbers(50), capacity=AUTOTUNE, num_threads=2)
     with pytest.warns(
         torchstage.errors.TorchstageWarning, match="tuning failed and is off until the next epoch: ZeroDivision"
     ):
         assert [int(x[0]) for x in loader] == list(range(50))
+
+
+def test_batches_that_do_not_say_how_large_they_are_are_handed_on() -> None:
+    sparse, nested = (
+        torch.eye(3).to_sparse(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    )
+    loader = StagedDataLoader([sparse, nested, "text", None, {}] * 4, **TUNED)
+    assert len(list(loader)) == 20
+    assert nodes_of(loader)["stage"].bytes_produced == 0
