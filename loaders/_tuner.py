@@ -227,7 +227,8 @@ class Tuner:
         """Whether a batch or a step costs much more or less than when this was first seen with these numbers."""
         if len(self._work) < SAMPLES:
             return False
-        now = (statistics.fmean(busy for busy, _ in self._work), self._steps.recent_gap)
+        work = list(self._work)  # others append meanwhile
+        now = (statistics.fmean(busy for busy, _ in work), self._steps.recent_gap)
         if self._costs is None:
             self._costs = now
         return not all(1 / SHIFT < new / max(old, 1e-9) < SHIFT for new, old in zip(now, self._costs, strict=True))
@@ -247,7 +248,8 @@ class Tuner:
         """Return the share of its time that a worker is on a processor; a worker that waits leaves it to others."""
         work = list(self._work)
         busy = sum(busy for busy, _ in work)
-        return sum(processor for _, processor in work) / busy if busy else 1.0
+        # At most 1: what a worker does between its batches, such as this, takes a processor too and is not in its time.
+        return min(sum(processor for _, processor in work) / busy, 1.0) if busy else 1.0
 
     def _note(self, why: str) -> None:
         now = (self.feed.num_threads, self.feed.capacity)

@@ -97,6 +97,15 @@ def test_2_no_more_threads_than_the_processors_can_run() -> None:
     assert threads(simulation.run(400)) == 2
 
 
+def test_2_a_worker_takes_no_more_than_one_processor() -> None:
+    """What it does between its batches must not cost it the second of two processors."""
+    simulation = tuned(costs(stage=4 * STEP), cpu_budget=2)
+    assert simulation.tuner is not None
+    staged = simulation.tuner.staged
+    simulation.tuner.staged = lambda read, busy, _, nbytes: staged(read, busy, 1.01 * busy, nbytes)  # type: ignore[method-assign]
+    assert threads(simulation.run(200)) == 2
+
+
 def test_2_threads_that_wait_take_no_processor() -> None:
     assert threads(tuned(costs(stage=7.5 * STEP), cpu_budget=1).run(400)) == 8
 
