@@ -60,14 +60,17 @@ class Feed:
         """Publish what a saved model had chosen, within the bounds of this one."""
         try:
             saved = {node.name: node for node in Model.load(path)[0].nodes}
-            chosen = [saved["stage"].parameter_value(PARALLELISM), saved["buffer"].parameter_value(BUFFER_SIZE)]
-        except (OSError, ValueError, KeyError) as error:
+            chosen = [
+                int(saved["stage"].parameter_value(PARALLELISM)),
+                int(saved["buffer"].parameter_value(BUFFER_SIZE)),
+            ]
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise OptionError(
                 f"warm_start must be a file that loader.model.save(path) wrote. Found: {os.fspath(path)!r}, {error}"
             ) from error
         for parameter, value in zip((self.threads, self.room), chosen, strict=True):
             if parameter.tunable:
-                parameter.value = min(max(int(value), parameter.min), parameter.max)
+                parameter.value = min(max(value, parameter.min), parameter.max)
                 parameter.publish()
 
     @property

@@ -17,7 +17,8 @@ Contract (tests/test_tuner.py has a test per number).
  4. Room is given back only after `LONG` batches in which it was never used.
  5. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
  6. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
-    that was kept begins again with 10 ms.
+    that was kept begins again with 10 ms. While the loop waits it is asked sooner, after a number of batches that doubles too
+    once asking changes nothing.
  7. If the model thinks that there is enough and the loop still waits, it is asked for a shorter time per batch.
 """
 
@@ -70,6 +71,7 @@ class Tuner:
         self._cap = options.most_threads
         self._asked = 0
         self._asked_at = 0
+        self._patience = 1
         self._seconds = 0.0
         self._started = clock()
 
@@ -125,7 +127,8 @@ class Tuner:
 
     def _waits_on(self) -> bool:
         """Whether the loop has gone on waiting for a while since the model was asked."""
-        return self._steps.total - self._asked_at >= 2 * self._least() and self._room_for_more() and self._may_add()
+        since = self._steps.total - self._asked_at
+        return since >= 2 * self._least() * self._patience and self._room_for_more() and self._may_add()
 
     def _room_for_more(self) -> bool:
         feed = self.feed
@@ -149,6 +152,10 @@ class Tuner:
         if self.feed.capacity != room or self._seen_long():
             self.feed.forget_buffer()
             self._seen_since = self._steps.total
+        if (self.feed.num_threads, self.feed.capacity) != (threads, room):
+            self._patience = 1
+        elif self._loop.target_share == LEAST_SHARE:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)  # nothing is left to try
         if self.feed.num_threads != threads:
             self._begin_trial(threads)
         elif more:
@@ -240,6 +247,7 @@ class Tuner:
         self.feed.forget_buffer()
         self._seen_since = self._steps.total
         self._loop.target_share = 1.0
+        self._patience = 1
         self._loop.reset_period()
         self._due = 0.0
         self._forget(self.feed.num_threads)
@@ -295,6 +303,7 @@ HOLD = 200
 SHORTER = 0.8
 LEAST_SHARE = 0.3
 LEAST = 8
+MOST_PATIENCE = 64
 LONG = 100
 SAMPLES = 16
 MOST_LOGGED = 64

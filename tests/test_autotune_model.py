@@ -462,3 +462,16 @@ def test_the_text_of_a_model_is_its_saved_form_kept_for_30_seconds() -> None:
     assert model.debug_string() == second
     clock.now = 60_200_000_000
     assert json.loads(model.debug_string()) == model.to_json()
+
+
+def test_equal_gaps_have_a_target_although_their_mean_rounds_below_each_of_them() -> None:
+    model = Model()
+    gaps = [5000.000000000001] * 3
+    for gap in gaps:
+        model.record_iterator_gap_time(gap)
+    assert model.compute_target_time_nsec() == pytest.approx(5e6)
+    for odd in range(1, 400):
+        model = Model()
+        for _ in range(odd % 97 + 1):
+            model.record_iterator_gap_time(odd / 7)
+        assert model.compute_target_time_nsec() == pytest.approx(odd / 7 * 1e3)

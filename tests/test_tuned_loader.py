@@ -210,6 +210,17 @@ def test_a_warm_start_from_no_saved_model_is_refused(tmp_path: Path, content: st
         StagedDataLoader(numbers(5), warm_start=path, **TUNED)
 
 
+@pytest.mark.parametrize("value", ["Infinity", '"x"', "[1]", "null"])
+def test_a_warm_start_with_odd_values_is_refused(tmp_path: Path, value: str) -> None:
+    loader = StagedDataLoader(numbers(5), **TUNED)
+    assert loader.model is not None
+    loader.model.save(tmp_path / "model.json")
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text.replace('"value": 2', f'"value": {value}'))
+    with pytest.raises(OptionError, match="wrote"):
+        StagedDataLoader(numbers(5), warm_start=tmp_path / "model.json", **TUNED)
+
+
 def test_a_warm_start_from_the_model_of_another_pipeline_is_refused(tmp_path: Path) -> None:
     model = Model()
     model.add_node(torchstage.autotune.make_source_node, "files", None)

@@ -102,7 +102,7 @@ def test_2_a_worker_takes_no_more_than_one_processor() -> None:
     simulation = tuned(costs(stage=4 * STEP), cpu_budget=2)
     assert simulation.tuner is not None
     staged = simulation.tuner.staged
-    simulation.tuner.staged = lambda read, busy, _, nbytes: staged(read, busy, 1.01 * busy, nbytes)  # type: ignore[method-assign]
+    simulation.tuner.staged = lambda read, busy, _, nbytes: staged(read, busy, 1.01 * busy, nbytes)  # type: ignore[assignment, method-assign]
     assert threads(simulation.run(200)) == 2
 
 
@@ -159,6 +159,13 @@ def test_6_the_model_is_asked_less_and_less_often() -> None:
     simulation = tuned(costs(stage=0.5 * STEP)).run(20_000)  # 200 s
     assert simulation.tuner is not None
     assert simulation.tuner.figures().asked <= 16  # 10 ms, doubled until 60 s, and every 60 s
+
+
+@pytest.mark.parametrize("options", [{"cpu_budget": 1}, {"num_threads": 1}, {"max_num_threads": 1}, {"ram_budget": 1}])
+def test_6_it_is_not_asked_again_and_again_where_nothing_can_be_changed(options: dict[str, int]) -> None:
+    simulation = tuned(costs(stage=3 * STEP, stage_on_processor=True), **options).run(20_000)
+    assert simulation.tuner is not None
+    assert simulation.tuner.figures().asked <= 60
 
 
 def test_7_a_loop_that_still_waits_gets_more_than_the_model_thinks_it_needs() -> None:

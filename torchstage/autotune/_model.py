@@ -115,7 +115,8 @@ class Model:
         if len(gaps) < max(self.options.min_gaps, 1):
             return 0.0
         mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-        usual = statistics.fmean([gap for gap in gaps if gap <= mean + OUTLIER_SIGMAS * deviation])
+        near = [gap for gap in gaps if gap <= mean + OUTLIER_SIGMAS * deviation]
+        usual = statistics.fmean(near or gaps)  # the mean of equal gaps may be rounded below each of them
         return max(usual - self.options.target_sigmas * deviation, 0.0) * 1e3
 
     def output_time(self, node: Node, model_input_time: float, gradients: Gradients | None = None) -> float:
