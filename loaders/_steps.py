@@ -5,6 +5,7 @@ import itertools
 import math
 import statistics
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -56,11 +57,6 @@ class Steps:
         self._waits.clear()
         return False
 
-    def skip(self, count: int) -> None:
-        """Leave out the next ``count`` steps, at least."""
-        with self._lock:
-            self._skip = max(self._skip, count)
-
     def clear(self, skip: int) -> None:
         """Forget all, and leave out the next ``skip`` steps."""
         with self._lock:
@@ -74,7 +70,7 @@ class Steps:
     def figures(self) -> Figures:
         """Return the means and their standard errors."""
         with self._lock:
-            return Figures(*_mean(self._gaps), *_mean(self._waits))
+            return Figures(*mean_and_error(self._gaps), *mean_and_error(self._waits))
 
     @property
     def waiting(self) -> float:
@@ -83,13 +79,14 @@ class Steps:
             return sum(self._waits) / max(sum(self._waits) + sum(self._gaps), 1e-12)
 
     @property
-    def recent_gap(self) -> float:
-        """Mean seconds of the loop's own in the newest steps."""
+    def recent_gap(self) -> tuple[float, float]:
+        """Mean seconds of the loop's own in the newest steps, with its standard error."""
         with self._lock:
-            return statistics.fmean(list(self._gaps)[-RECENT:])
+            return mean_and_error(list(self._gaps)[-RECENT:])
 
 
-def _mean(values: collections.deque[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error, which is infinite for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return statistics.fmean(values), error
 

@@ -15,7 +15,8 @@ Contract (tests/test_tuner.py has a test per number).
     takes hardly more; else the numbers before come back and the next trial is held off, twice as long each time. Nor
     is what was just added given back at once.
  4. Room is given back only after `LONG` batches in which it was never used.
- 5. A change of the costs (of a batch, or of the step) by `SHIFT` ends what was held off and asks the model at once.
+ 5. A change of the costs (of a batch, or of the step) by `SHIFT`, and by more than their noise, ends what was held off and
+    asks the model at once.
  6. The model is asked after 10 ms, then at intervals that double up to 60 s, as the reference's loop is; a trial
     that was kept begins again with 10 ms. While the loop waits it is asked sooner, after a number of batches that doubles too
     once asking changes nothing.
@@ -25,7 +26,6 @@ Contract (tests/test_tuner.py has a test per number).
 import collections
 import contextlib
 import math
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from torchstage.autotune import AutotuneAlgorithm, OptimizationLoop, default_cpu_budget, default_ram_budget
 from torchstage.loaders._feed import Feed
-from torchstage.loaders._steps import Figures, Steps
+from torchstage.loaders._steps import Figures, Steps, mean_and_error
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Tuned, Tuning
 
@@ -62,7 +62,7 @@ class Tuner:
         self._epoch = 0
         self._steps = Steps()
         self._work: collections.deque[tuple[float, float]] = collections.deque(maxlen=SAMPLES)
-        self._costs: tuple[float, float] | None = None
+        self._costs: _Costs | None = None
         self._trial: _Trial | None = None
         self._held = {True: _Hold(), False: _Hold()}
         self._due = 0.0
@@ -72,13 +72,13 @@ class Tuner:
         self._asked = 0
         self._asked_at = 0
         self._patience = 1
+        self._full = False
         self._seconds = 0.0
         self._started = clock()
 
     def begin(self) -> None:
-        """Note that an epoch begins: nobody waited between this one's first batch and the last one's end."""
+        """Note that an epoch begins: what passed between the last one's end and its first batch is no step."""
         self._epoch += 1
-        self._steps.skip(1)
 
     def staged(self, read: float, busy: float, processor: float, nbytes: int) -> None:
         """Record a batch of ``nbytes``: the seconds it took to read, to read and stage, and of those on a processor."""
@@ -142,7 +142,10 @@ class Tuner:
         threads, room = self.feed.num_threads, self.feed.capacity
         more = self._may_add()
         with self._bounded(threads, room, more):
-            self._loop.step()
+            result = self._loop.step()
+        if result is not None and "ram_budget_exceeded" in result.stopped_by and not self._full:
+            self._full = True
+            self._note("ram_budget allows no more threads")
         self._due = self._clock() + self._loop.period_ms / 1e3
         self._asked += 1
         self._asked_at = self._steps.total
@@ -188,7 +191,7 @@ class Tuner:
         more = self.feed.num_threads > threads
         why = f"the step waits {self._steps.waiting:.0%} of its time" if more else "the model needs no more"
         self._note(f"num_threads {threads} -> {self.feed.num_threads}: {why}")
-        self._trial = _Trial(threads, more, self._steps.figures())
+        self._trial = _Trial(threads, more, self._steps.figures(), self._costs)
         self._forget(threads)
 
     def _judge(self, trial: "_Trial") -> None:
@@ -223,6 +226,7 @@ class Tuner:
             self.feed.put_back(trial.threads)
             self._note(f"num_threads {threads} -> {trial.threads}, back: {seen}")
             self._forget(threads)
+            self._costs = trial.costs  # if it was these that changed meanwhile, the trial proved nothing
 
     def _forget(self, threads: int) -> None:
         """Begin to measure anew, without the batches under way of the ``threads`` before."""
@@ -235,10 +239,10 @@ class Tuner:
         if len(self._work) < SAMPLES:
             return False
         work = list(self._work)  # others append meanwhile
-        now = (statistics.fmean(busy for busy, _ in work), self._steps.recent_gap)
+        now = (mean_and_error([busy for busy, _ in work]), self._steps.recent_gap)
         if self._costs is None:
             self._costs = now
-        return not all(1 / SHIFT < new / max(old, 1e-9) < SHIFT for new, old in zip(now, self._costs, strict=True))
+        return any(map(_shifted, self._costs, now))
 
     def _start_over(self) -> None:
         for hold in self._held.values():
@@ -264,12 +268,17 @@ class Tuner:
         self._log.append(Tuned(self._steps.total, self._clock() - self._started, *now, why))
 
 
+_Mean = tuple[float, float]  # with its standard error
+_Costs = tuple[_Mean, _Mean]
+
+
 class _Trial(NamedTuple):
-    """What is on trial: the threads before, whether more are tried, and what the steps took before."""
+    """What is on trial, and what was before it: the threads, what the steps took, and what a batch and a step cost."""
 
     threads: int
     more: bool
     before: Figures
+    costs: "_Costs | None"
 
 
 class _Hold:
@@ -286,6 +295,12 @@ class _Hold:
 
     def holds(self, step: int) -> bool:
         return step < self._until
+
+
+def _shifted(before: _Mean, now: _Mean) -> bool:
+    """Whether one of two means is much larger than the other, and more so than their errors explain."""
+    least, most = sorted((before[0], now[0]))
+    return most > SHIFT * least and most - least > 3 * math.hypot(before[1], now[1])
 
 
 def _why_room(more: bool) -> str:

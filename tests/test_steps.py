@@ -37,16 +37,11 @@ def test_steps_that_have_become_longer_are_no_pauses() -> None:
     assert len(steps) == 15
 
 
-def test_steps_can_be_skipped_and_forgotten() -> None:
+def test_steps_can_be_forgotten_and_the_next_ones_left_out() -> None:
     steps = steps_of((1, 0), (1, 0))
-    steps.skip(2)
-    for _ in range(3):
-        steps.add(2, 0)
-    assert len(steps) == 3
-    assert steps.figures().gap == pytest.approx(4 / 3)
     steps.clear(skip=1)
     assert len(steps) == 0
     steps.add(5, 0)
     steps.add(7, 0)
     assert steps.figures().gap == 7
-    assert steps.total == 7
+    assert steps.total == 4

@@ -161,6 +161,21 @@ def test_6_the_model_is_asked_less_and_less_often() -> None:
     assert simulation.tuner.figures().asked <= 16  # 10 ms, doubled until 60 s, and every 60 s
 
 
+def test_5_noise_is_no_change_of_the_costs() -> None:
+    """One batch in twenty takes ten times as long: trials that failed stay held off all the same."""
+    generator = random.Random(3)
+    spiky = lambda _: (10 if generator.random() < 0.05 else 1) * 1.2 * STEP  # noqa: E731
+    shared = Costs(constant(0.0005), spiky, constant(STEP), stage_on_processor=True, step_on_processor=True)
+    simulation = tuned(shared, processors=1, cpu_budget=8).run(3000)
+    assert len([change for change in changes(simulation) if "waits" in change]) <= 8
+
+
+def test_2_it_says_that_the_memory_allows_no_more() -> None:
+    simulation = tuned(costs(stage=4 * STEP), ram_budget=3500).run(400)
+    assert threads(simulation) == 1
+    assert "ram_budget allows no more threads" in changes(simulation)
+
+
 @pytest.mark.parametrize("options", [{"cpu_budget": 1}, {"num_threads": 1}, {"max_num_threads": 1}, {"ram_budget": 1}])
 def test_6_it_is_not_asked_again_and_again_where_nothing_can_be_changed(options: dict[str, int]) -> None:
     simulation = tuned(costs(stage=3 * STEP, stage_on_processor=True), **options).run(20_000)
