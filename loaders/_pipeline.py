@@ -108,11 +108,12 @@ class Pipeline:
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
         self._tell_tuner(Tuner.begin)
-        if self._tuner is None:
+        tuner = self._tuner
+        if tuner is None:
             self.resize(self._num_threads, self.channel.capacity)
         else:
             self.resize(1, self.channel.capacity)
-            self._obey(self._tuner.feed)  # more than one were not asked for by the user: without them it goes on
+            self._obey(tuner.feed)  # more than one were not asked for by the user: without them it goes on
 
     def resize(self, num_threads: int, capacity: int) -> None:
         """Go on with so many workers and so much room in the buffer, from the next batch on."""
