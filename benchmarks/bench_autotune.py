@@ -284,8 +284,12 @@ def draw(sweeps: Mapping[str, Sweep], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "torchstage"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(4.2 * len(sweeps), 3.6), sharey=True, squeeze=False)
-    for axis, (name, sweep) in zip(axes[0], sweeps.items(), strict=True):
+    columns = min(len(sweeps), 3)
+    rows = math.ceil(len(sweeps) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(sweeps) :]:
+        axis.axis("off")
+    for axis, (name, sweep) in zip(axes.flat, sweeps.items(), strict=False):
         factors = list(sweep)
         axis.axhspan(0.95, 1.05, color="#dcefe0", label="within 5% of the best")
         axis.plot(
@@ -305,7 +309,8 @@ def draw(sweeps: Mapping[str, Sweep], path: Path) -> None:
         axis.set_xlabel("stage / step")
         axis.set_ylim(0, 1.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("throughput / best of the grid")
+    for row in axes:
+        row[0].set_ylabel("throughput / best of the grid")
     axes[0][0].legend(frameon=False, loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,85 +1,38 @@
-"""The searches of the performance model, against a plain search and against small cases worked out by hand."""
+"""The searches of the performance model, on small cases worked out by hand."""
 
-import collections
 import itertools
-import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 
+from tests.autotune_models import (
+    PLENTY,
+    chain,
+    live,
+    parallel,
+    published,
+    stages,
+    tunable,
+    worked,
+)
 from torchstage.autotune import (
     AUTOTUNE,
     BUFFER_SIZE,
-    CYCLE_LENGTH,
-    DETERMINISTIC,
-    MAX_BUFFERED_ELEMENTS,
     MODEL_INPUT_TIME,
     PARALLELISM,
     AutotuneAlgorithm,
     CancellationToken,
     Model,
     ModelOptions,
-    Node,
-    NodeArgs,
-    Parameter,
     SharedState,
-    make_async_interleave_many_node,
-    make_async_known_ratio_node,
-    make_async_unknown_ratio_node,
-    make_interleave_many_node,
     make_known_ratio_node,
-    make_non_tunable_parameter,
     make_parameter,
     make_source_node,
-    make_unknown_node,
-    make_unknown_ratio_node,
 )
 
 HILL_CLIMB, MAX_PARALLELISM = AutotuneAlgorithm.HILL_CLIMB, AutotuneAlgorithm.MAX_PARALLELISM
 GRADIENT_DESCENT, STAGE_BASED = AutotuneAlgorithm.GRADIENT_DESCENT, AutotuneAlgorithm.STAGE_BASED
-PLENTY = 1e18  # of memory, or of processors
-Factory = Callable[[NodeArgs], Node]
-
-
-def tunable(name: str, least: float = 1, most: float = 8, published: float = AUTOTUNE) -> Parameter:
-    """A parameter that the model may choose; ``published``: what a search, or the pipeline, has set before."""
-    state = SharedState()
-    state.value = published
-    return make_parameter(name, state, least, most)
-
-
-def worked(node: Node, nanos: float, elements: int = 1, size: float = 0) -> Node:
-    """Let a node make elements that take ``nanos`` and ``size`` bytes each."""
-    for _ in range(elements):
-        node.add_processing_time(nanos)
-        node.record_element()
-        node.record_bytes_produced(size)
-    return node
-
-
-def parallel(parameter: Parameter, ratio: float = 1) -> Factory:
-    return lambda args: make_async_known_ratio_node(args, ratio, [parameter])
-
-
-def chain(*stages: tuple[Factory, float, float], options: ModelOptions | None = None) -> Model:
-    """A model of nodes in a row, the root first: what makes each, its nanoseconds and its bytes per element."""
-    model = Model(options)
-    parent: Node | None = None
-    for place, (factory, nanos, size) in enumerate(stages):
-        parent = worked(model.add_node(factory, f"node{place}", parent), nanos, size=size)
-    return model
-
-
-def published(model: Model) -> list[float]:
-    """The published values of all tunable parameters, the root's first."""
-    states = [parameter.state for node in model.nodes for parameter in node.parameters.values() if parameter.tunable]
-    return [state.value for state in states if state is not None]
-
-
-def live(model: Model) -> list[float]:
-    """The model values of the same."""
-    return [parameter.value for node in model.nodes for parameter in node.parameters.values() if parameter.tunable]
 
 
 class CancelledAt(CancellationToken):
@@ -94,208 +47,6 @@ class CancelledAt(CancellationToken):
         self._seen()
         self._left -= 1
         return self._left < 0
-
-
-# A plain search, from the rules of section 10.2 with D5.
-
-
-def plain_parameters(root: Node) -> list[Parameter]:
-    """Leaves first, in reverse breadth-first order; a node that is off hides what is below it."""
-    nodes, waiting = [root], collections.deque([root])
-    while waiting:
-        chosen = [node for node in waiting.popleft().inputs if node.autotune]
-        nodes += chosen
-        waiting += chosen
-    chosen = [node for node in reversed(nodes) if node.autotune and node.num_elements > 0]
-    return [p for node in chosen for p in node.parameters.values() if p.state is not None and p.state.tunable]
-
-
-def plain_search(
-    root: Node, algorithm: AutotuneAlgorithm, cpus: float, memory: float, input_time: float, keep_buffers: bool = False
-) -> tuple[list[Parameter], set[str]]:
-    """Move the parameters of ``root`` itself to where the search ends; return them, and why it ended."""
-
-    def time() -> float:
-        return root.output_time({MODEL_INPUT_TIME: input_time})
-
-    parameters, last = plain_parameters(root), None
-    if not parameters:
-        return [], {"no_optimizable_parameter"}
-    processing = root.total_processing_time()
-    stepped = [p for p in parameters if not (keep_buffers and p.name == BUFFER_SIZE)]
-    for parameter in stepped:
-        parameter.value = parameter.min
-    while True:
-        now, reasons = time(), set()
-        if all(p.value >= p.max for p in parameters):
-            reasons.add("all_max")
-        if root.total_maximum_buffered_bytes() > memory:
-            reasons.add("max_buffered_bytes")
-        if algorithm == HILL_CLIMB and now < processing / cpus:
-            reasons.add("output_time")
-        if reasons:
-            if "max_buffered_bytes" in reasons and last is not None:
-                last.value -= 1
-            return parameters, reasons
-        best, best_gain = None, -1.0
-        for parameter in stepped:
-            if parameter.value < parameter.max:
-                parameter.value += 1
-                gain = now - time()
-                parameter.value -= 1
-                if gain > best_gain and (parameter.name != BUFFER_SIZE or gain > 1):
-                    best, best_gain = parameter, gain
-        if best is None:
-            return parameters, {"local_maximum_reached"}
-        best.value += 1
-        last = best
-
-
-def assert_same_search(
-    build: Callable[[], Model],
-    algorithm: AutotuneAlgorithm,
-    cpus: float,
-    memory: float,
-    input_time: float,
-) -> int:
-    """Compare the model's search with the plain one on a twin; return how many parameters there are."""
-    twin, model = build(), build()
-    assert twin.output is not None
-    assert model.output is not None
-    keep_buffers = model.options.buffer_optimization
-    expected, reasons = plain_search(twin.output, algorithm, cpus, memory, input_time, keep_buffers)
-    before = {id(p.state): p.state.value for p in plain_parameters(model.output) if p.state is not None}
-    result = model.optimize(algorithm, cpus, memory, input_time)
-    case = (algorithm, cpus, memory, input_time)
-    found = plain_parameters(model.output)
-    assert [p.value for p in found] == [p.value for p in expected], case
-    assert [p.state.value for p in found if p.state is not None] == [p.value for p in expected], case
-    assert set(result.stopped_by) == reasons, case
-    assert result.published == bool(expected)
-    assert result.output_time == twin.output.output_time({MODEL_INPUT_TIME: input_time})
-    changed = [new for p, new in zip(found, expected, strict=True) if before[id(p.state)] != new.value]
-    assert len(result.changes) == len(changed)
-    return len(expected)
-
-
-# Random trees.
-
-
-def random_factory(rng: random.Random, leaf: bool) -> Factory:
-    def chosen(name: str) -> Parameter:
-        least = rng.choice([1, 1, 1, 2])
-        if rng.random() < 0.2:
-            return make_parameter(name, SharedState(rng.randint(1, 5)), 1, 8)
-        return tunable(name, least, least + rng.randint(0, 4), rng.choice([AUTOTUNE, AUTOTUNE, 3]))
-
-    def some() -> list[Parameter]:
-        name = rng.choice([PARALLELISM, BUFFER_SIZE])
-        both = rng.random() < 0.15
-        return [chosen(PARALLELISM), chosen(BUFFER_SIZE)] if both else [chosen(name)]
-
-    def interleave() -> list[Parameter]:
-        # Any parameter with a tunable state is stepped, also those that change no time.
-        cycle = make_non_tunable_parameter(CYCLE_LENGTH, rng.randint(1, 4))
-        parameters = [cycle if rng.random() < 0.8 else chosen(CYCLE_LENGTH), chosen(PARALLELISM)]
-        parameters += [make_non_tunable_parameter(DETERMINISTIC, 1)] * (rng.random() < 0.3)
-        return parameters + [chosen(MAX_BUFFERED_ELEMENTS)] * (rng.random() < 0.3)
-
-    ratio = rng.choice([0.25, 0.5, 1, 1, 2, 10])
-    if leaf and rng.random() < 0.4:
-        return make_source_node
-    factories: list[Factory] = [
-        partial(make_known_ratio_node, ratio=ratio),
-        lambda args: make_async_known_ratio_node(args, ratio, some(), rng.choice([None, None, 0, 4])),
-        lambda args: make_async_known_ratio_node(args, ratio, some()),
-        make_unknown_ratio_node,
-        lambda args: make_async_unknown_ratio_node(args, some()),
-        lambda args: make_interleave_many_node(args, [make_non_tunable_parameter(CYCLE_LENGTH, 2)]),
-        lambda args: make_async_interleave_many_node(args, interleave()),
-        make_unknown_node,
-    ]
-    return rng.choices(factories, [1, 3, 3, 1, 3, 1, 3, 1])[0]
-
-
-def random_model(seed: int, options: ModelOptions | None = None) -> Model:
-    rng = random.Random(seed)
-    model = Model(options)
-    count = 1 + seed % 12
-    nodes: list[Node] = []
-    for place in range(count):
-        parent = rng.choice(nodes[-4:]) if nodes else None
-        node = model.add_node(random_factory(rng, leaf=place > 2 * count // 3), f"node{place}", parent)
-        nanos = rng.choice([0.0, 1.0, rng.uniform(0, 50), rng.uniform(0, 1000), 100.0, 1e6])
-        worked(node, nanos, elements=rng.choice([0, 1, 3, 5, 10, 10, 10, 35]), size=rng.choice([0, 1, 8, 100]))
-        if node.is_async and rng.random() < 0.5:
-            node.record_buffer_event(rng.choice([8, 64]), rng.randint(1, 3))
-        node.autotune = rng.random() > 0.04
-        nodes.append(node)
-    return model
-
-
-def symmetric_model(branches: int, nanos: float, shape: str) -> Model:
-    """Equal branches below one consumer, so that candidates gain the same."""
-    model = Model()
-    top: Factory = partial(make_known_ratio_node, ratio=1)
-    if shape == "interleave":
-        cycle = make_non_tunable_parameter(CYCLE_LENGTH, branches)
-        top = partial(make_async_interleave_many_node, parameters=[cycle, tunable(PARALLELISM, 1, 3)])
-    root = worked(model.add_node(top, "root", None), 7.0)
-    for place in range(branches):
-        name = PARALLELISM if shape != "buffers" or place % 2 else BUFFER_SIZE
-        branch = worked(model.add_node(parallel(tunable(name, 1, 4)), "branch", root), nanos)
-        worked(model.add_node(make_source_node, "source", branch), nanos)
-    return model
-
-
-def long_chain(length: int) -> Model:
-    """Every third node is tunable."""
-    rng = random.Random(length)
-    stages: list[tuple[Factory, float, float]] = []
-    for place in range(length):
-        factory: Factory = partial(make_known_ratio_node, ratio=1)
-        if place % 3 == 0:
-            factory = parallel(tunable(rng.choice([PARALLELISM, BUFFER_SIZE]), 1, 4))
-        stages.append((factory, rng.uniform(0, 300), 8))
-    return chain(*stages, (make_source_node, 50.0, 8))
-
-
-@pytest.mark.parametrize("block", range(8))
-@pytest.mark.parametrize("algorithm", [HILL_CLIMB, MAX_PARALLELISM])
-def test_a_search_of_a_random_tree_decides_as_the_plain_one(algorithm: AutotuneAlgorithm, block: int) -> None:
-    sizes = []
-    for seed in range(48 * block, 48 * block + 48):
-        rng = random.Random(-1 - seed)
-        cpus, memory = rng.choice([1, 2.5, 8, PLENTY]), rng.choice([PLENTY, PLENTY, 30, 500, 4000])
-        input_time = rng.choice([0.0, 10.0, 100.0, rng.uniform(0, 2000)])
-        options = ModelOptions(buffer_optimization=seed % 5 == 4)
-        # The buffer pass that follows is another matter: here nothing it would change was seen.
-        build = partial(random_model, seed, options) if not options.buffer_optimization else partial(quiet, seed)
-        sizes.append(assert_same_search(build, algorithm, cpus, memory, input_time))
-    assert min(sizes) < 2
-    assert max(sizes) > 5  # both few and many candidates
-
-
-def quiet(seed: int) -> Model:
-    """A random model with the buffer experiment, whose buffers have not been used."""
-    model = random_model(seed, ModelOptions(buffer_optimization=True))
-    for node in model.nodes:
-        node.buffered_elements_low, node.buffered_elements_high = 1, 0
-    return model
-
-
-@pytest.mark.parametrize("branches", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("shape", ["zip", "buffers", "interleave"])
-def test_a_search_of_a_symmetric_tree_breaks_ties_as_the_plain_one(shape: str, branches: int) -> None:
-    for nanos, memory, input_time in itertools.product([100.0, 1 / 3], [PLENTY, 3 * branches], [0.0, 100.0, 33.1]):
-        for cpus in (1, 3):
-            assert_same_search(partial(symmetric_model, branches, nanos, shape), HILL_CLIMB, cpus, memory, input_time)
-
-
-@pytest.mark.parametrize("algorithm", [HILL_CLIMB, MAX_PARALLELISM])
-def test_a_search_of_a_long_chain_decides_as_the_plain_one(algorithm: AutotuneAlgorithm) -> None:
-    for input_time in (0.0, 200.0):
-        assert_same_search(lambda: long_chain(29), algorithm, 4, PLENTY, input_time)
 
 
 # Section 10.2 by hand.
@@ -465,212 +216,6 @@ def test_the_buffer_pass_follows_the_search_in_the_experiment_only() -> None:
         assert result.buffers_changed == enabled
         assert published(model) == [16 if enabled else 1]
         assert result.changes == ((("node0(id:1)", BUFFER_SIZE, 8, 16 if enabled else 1)),)
-
-
-# Section 10.3.
-
-
-def slow_map(nanos: float, least: float = 1, most: float = 1000, size: float = 0) -> Model:
-    """A parallel map: its output time is ``nanos`` / P, so every step of the descent is 0.1."""
-    return chain((parallel(tunable(PARALLELISM, least, most)), nanos, size), (make_source_node, 0.0, 0))
-
-
-@pytest.mark.parametrize(
-    ("nanos", "expected"),
-    [
-        (99.0, 1),  # the first time is less than 100 away from 0
-        (1000.0, 1),  # 1000 / 1.1 is 91 less: stops at 1.1
-        (1800.0, 1),  # 1800 / 1.3 - 1800 / 1.4 is 98.9: stops at 1.4
-        (1830.0, 2),  # the same of 1830 is 100.5: stops at 1.5
-        (10_000.0, 3),  # 10000 / 3.2 - 10000 / 3.3 < 100: stops at 3.3
-        (2e7, 101),  # a step still gains more than 100 after the most iterations, 1000
-    ],
-)
-def test_the_descent_stops_at_its_precision(nanos: float, expected: float) -> None:
-    model = slow_map(nanos)
-    assert model.optimize(GRADIENT_DESCENT, PLENTY, PLENTY).published
-    assert published(model) == live(model) == [expected]
-
-
-@pytest.mark.parametrize(("least", "expected"), [(0.5, 1), (1.5, 2), (2.5, 3), (2.4, 2), (2.6, 3)])
-def test_the_descent_rounds_halves_away_from_zero(least: float, expected: float) -> None:
-    model = slow_map(1.0, least)  # too fast to descend at all
-    model.optimize(GRADIENT_DESCENT, PLENTY, PLENTY)
-    assert published(model) == [expected]
-
-
-@pytest.mark.parametrize(("cpus", "expected"), [(1, 2), (2, 3), (2.5, 3), (0, 1)])
-def test_the_descent_stops_above_the_processors(cpus: float, expected: float) -> None:
-    model = slow_map(1e6)
-    model.optimize(GRADIENT_DESCENT, cpus or 1e-9, PLENTY)
-    assert published(model) == [expected]
-
-
-def test_the_descent_goes_on_with_buffers_above_the_processors() -> None:
-    model = chain(
-        (parallel(tunable(BUFFER_SIZE, 1, 5)), 0.0, 0),
-        (parallel(tunable(PARALLELISM, 1, 100)), 1e6, 0),
-        (make_source_node, 0.0, 0),
-    )
-    model.optimize(GRADIENT_DESCENT, 1, PLENTY, 1e6)
-    buffer, workers = published(model)
-    assert workers == 2
-    assert buffer > 2
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.01, [7, 7]), (0.29, [7, 7]), (0.31, [7, 1]), (0.5, [7, 1])])
-def test_only_parallelism_that_takes_much_of_the_time_counts_as_processors(share: float, expected: list[float]) -> None:
-    mean = 1e6  # of the two maps and the source
-    model = chain(
-        (
-            parallel(tunable(PARALLELISM, 7, 7)),
-            share * mean,
-            0,
-        ),  # if it counts, it takes more than the 6 from the start
-        (parallel(tunable(PARALLELISM, 1, 100)), (3 - share) * mean, 0),
-        (make_source_node, 0.0, 0),
-    )
-    model.optimize(GRADIENT_DESCENT, 6, PLENTY)
-    assert published(model) == expected
-
-
-def test_a_parameter_at_its_max_does_not_slow_the_descent_of_others() -> None:
-    model = Model()
-    root = worked(model.add_node(partial(make_known_ratio_node, ratio=1), "zip", None), 0.0)
-    for most, nanos in ((2, 1e9), (1000, 10_000.0)):
-        worked(model.add_node(parallel(tunable(PARALLELISM, 2 if most == 2 else 1, most)), "map", root), nanos)
-    model.optimize(GRADIENT_DESCENT, PLENTY, PLENTY)
-    assert published(model) == [2, 3]  # the second as if it were alone
-
-
-@pytest.mark.parametrize(("batch", "expected"), [(1, 2), (100, 5)])
-def test_below_a_large_batch_the_processors_do_not_bind_the_descent(batch: float, expected: float) -> None:
-    model = chain(
-        (partial(make_known_ratio_node, ratio=batch), 0.0, 0),
-        (parallel(tunable(PARALLELISM, 1, 5)), 1e5, 0),
-        (make_source_node, 0.0, 0),
-    )
-    model.optimize(GRADIENT_DESCENT, 1, PLENTY)
-    assert published(model) == [expected]
-
-
-@pytest.mark.parametrize(("memory", "expected"), [(5, 1), (24.9, 3), (25.5, 3), (23.5, 2)])
-def test_rounding_may_take_the_descent_above_the_memory_budget(memory: float, expected: float) -> None:
-    model = slow_map(1e6, size=10)  # 2.4 is 24 bytes, 2.5 is 25, 2.6 is 26, and 3 is 30
-    model.optimize(GRADIENT_DESCENT, PLENTY, memory)
-    assert published(model) == [expected]
-
-
-def test_the_descent_stays_within_min_and_max() -> None:
-    model = slow_map(1e9, 2, 4)
-    model.optimize(GRADIENT_DESCENT, PLENTY, PLENTY)
-    assert published(model) == [4]
-
-
-# Section 10.4.
-
-
-def stages(*more: tuple[Factory, float, float]) -> Model:
-    """Two parallel stages, 1000 / P and 300 / P + 100."""
-    return chain(
-        *more,
-        (parallel(tunable(PARALLELISM)), 1000.0, 10),
-        (parallel(tunable(PARALLELISM)), 300.0, 10),
-        (make_source_node, 100.0, 10),
-    )
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        (1000, [1, 1]),
-        (999, [2, 1]),
-        (400, [3, 1]),  # 400 is no more than the target
-        (399, [3, 2]),
-        (250, [4, 2]),
-        (200, [5, 3]),
-        (150, [7, 6]),
-    ],
-)
-def test_the_slowest_stage_is_raised_until_all_meet_the_target(target: float, expected: list[float]) -> None:
-    model = stages()
-    result = model.optimize(STAGE_BASED, 1, PLENTY, target)  # the processors play no part
-    assert result.published
-    assert published(model) == live(model) == expected
-
-
-@pytest.mark.parametrize(
-    ("first", "expected"),
-    [
-        # A stage without parameter that is the slowest ends the search before the first step.
-        ((partial(make_known_ratio_node, ratio=1), 5000.0, 0), [1, 1]),
-        # The second slowest is raised until the one without a parameter is the slowest.
-        ((partial(make_known_ratio_node, ratio=1), 450.0, 0), [3, 1]),
-        # A stage that the parallelism does not help: its step is taken back.
-        ((parallel(tunable(PARALLELISM, 1, 2)), 1100.0, 0), [2, 2, 1]),
-    ],
-)
-def test_a_stage_that_cannot_be_raised_ends_the_search(
-    first: tuple[Factory, float, float], expected: list[float]
-) -> None:
-    model = stages(first)
-    assert model.optimize(STAGE_BASED, 1, PLENTY, 1.0).published
-    assert published(model) == expected
-
-
-def test_a_step_that_does_not_help_is_taken_back() -> None:
-    model = chain((parallel(tunable(PARALLELISM)), 0.0, 0), (make_source_node, 300.0, 0))
-    result = model.optimize(STAGE_BASED, 1, PLENTY, 1.0)
-    assert published(model) == [1]
-    assert result.stopped_by == ("total_time_not_improved",)
-
-
-def test_a_broken_memory_budget_discards_the_whole_round() -> None:
-    model = stages()
-    before = live(model)
-    result = model.optimize(STAGE_BASED, 1, 59, 1.0)  # two steps fit: 20 + 20 + 10 bytes
-    assert not result.published
-    assert result.changes == ()
-    assert result.stopped_by == ("ram_budget_exceeded",)
-    assert published(model) == [AUTOTUNE, AUTOTUNE]
-    assert live(model) == before
-    # 8 and 8 elements of 10 bytes
-    assert model.optimize(STAGE_BASED, 1, 160, 1.0).published
-
-
-@pytest.mark.parametrize(
-    ("ratio", "nanos", "below", "target", "expected"),
-    [
-        (0.25, 1000.0, 0.0, 100.0, 3),  # 250, 125, 83 per element of the root
-        (10, 100.0, 0.0, 400.0, 3),  # 1000, 500, 333
-        (10, 0.0, 100.0, 1.0, 1),  # 1000 with any parallelism: not an improvement, though 100 is less than 1000
-    ],
-)
-def test_stage_times_are_compared_per_element_of_the_root(
-    ratio: float, nanos: float, below: float, target: float, expected: float
-) -> None:
-    model = chain(
-        (partial(make_known_ratio_node, ratio=ratio), 0.0, 0),
-        (parallel(tunable(PARALLELISM)), nanos, 0),
-        (make_source_node, below, 0),
-    )
-    model.optimize(STAGE_BASED, 1, PLENTY, target)
-    assert published(model) == [expected]
-
-
-def test_parameters_other_than_the_parallelism_keep_their_model_value() -> None:
-    model = stages((parallel(tunable(BUFFER_SIZE, 1, 9, published=6)), 0.0, 0))
-    model.optimize(STAGE_BASED, 1, PLENTY, 400.0)
-    assert published(model) == [6, 3, 1]
-
-
-def test_a_stage_based_round_does_not_undo_the_buffers_of_a_search_before() -> None:
-    model = chain((parallel(tunable(BUFFER_SIZE, 1, 50)), 0.0, 0), (make_source_node, 100.0, 0))
-    model.optimize(HILL_CLIMB, PLENTY, PLENTY, 100.0)
-    assert published(model) == [9]
-    result = model.optimize(STAGE_BASED, 1, PLENTY, 1.0)
-    assert published(model) == [9]
-    assert result.changes == ()
 
 
 # Cancellation, what is published, results.
