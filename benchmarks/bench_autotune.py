@@ -251,7 +251,7 @@ def asking_costs(rounds: int) -> None:
     feed = Feed(options, [], "cost")
     for _ in range(50):
         feed.staged(0.001, 0.005, 1000)
-        feed.took(0.005, 1)
+        feed.took(0.005, 1, False)
     loop = autotune.OptimizationLoop(feed.model, AutotuneAlgorithm.STAGE_BASED, 2, 2**30)
     times = []
     for _ in range(rounds * 20):
@@ -263,7 +263,7 @@ def asking_costs(rounds: int) -> None:
     began = time.perf_counter()
     for _ in range(10_000):
         feed.staged(0.001, 0.005, 1000)
-        feed.took(0.005, 1)
+        feed.took(0.005, 1, False)
     print(f"recording a batch: {(time.perf_counter() - began) / 10_000 * 1e6:.1f} us")
 
 

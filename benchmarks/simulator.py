@@ -64,6 +64,7 @@ class Simulation:
         self._next_read = self._next_take = 0
         self._came = 0.0
         self._found = 0
+        self._crowded = False
 
     def run(self, batches: int) -> "Simulation":
         """Run until the training loop has taken so many batches in all."""
@@ -99,7 +100,7 @@ class Simulation:
         self._buffer.remove(self._next_take)
         self.takes.append((self._came, self.now))
         if self.tuner is not None:
-            self.tuner.took(self.now - self._came, self._found)
+            self.tuner.took(self.now - self._came, self._found, self._crowded)
         self._step = self._job(self._next_take, self._costs.step, self._costs.step_on_processor)
         self._next_take += 1
         return True
@@ -146,6 +147,7 @@ class Simulation:
             self._step = None
             self._came = self.now
             self._found = len(self._buffer) if self._next_take in self._buffer else 0
+            self._crowded = bool(self._full_handed)
 
     def _free(self, worker: int) -> None:
         if worker < self._num_threads:

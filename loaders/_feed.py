@@ -96,12 +96,17 @@ class Feed:
         stage.record_element()
         stage.record_bytes_produced(nbytes)
 
-    def took(self, gap: float | None, ready: int) -> None:
-        """Record that a client came for a batch, ``gap`` seconds after its last one, and found so many ready."""
+    def took(self, gap: float | None, ready: int, crowded: bool) -> None:
+        """Record that a client came for a batch, ``gap`` seconds after its last one.
+
+        The buffer is as empty as the client finds it: what is behind a missing batch cannot be taken. It is full if a
+        worker waits for room, which may be so at the same time.
+        """
         buffer = self._buffer
         size = self._stage.average_buffered_element_size()
-        change = ready - buffer.buffered_elements
-        buffer.record_buffer_event(change * size, change)
+        for count in (self.capacity, ready) if crowded else (ready,):
+            change = count - buffer.buffered_elements
+            buffer.record_buffer_event(change * size, change)
         buffer.record_bytes_produced(size)
         buffer.record_element()
         if gap is not None:

@@ -159,7 +159,7 @@ class Pipeline:
             BaseException: the error at this position.
         """
         started = time.perf_counter()
-        ready = self.channel.ready
+        ready, crowded = self.channel.ready, self.channel.crowded
         occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
         if self.channel.slot_kept:
             self._holding_back = False  # the model was not run on the last batch
@@ -170,7 +170,7 @@ class Pipeline:
             item.bound.ticket.on_used = self.channel.free_slot
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
-        self._tell_tuner(lambda tuner: tuner.took(wait, ready))
+        self._tell_tuner(lambda tuner: tuner.took(wait, ready, crowded))
         item.batch.check_not_overwritten(item.number)
         return item
 

@@ -85,15 +85,21 @@ class Tuner:
         self._work.append((busy, processor))
         self.feed.staged(read, busy, nbytes)
 
-    def took(self, wait: float, ready: int) -> None:
-        """Record that the calling client got a batch after ``wait`` seconds, and found so many ready to be taken."""
+    def took(self, wait: float, ready: int, crowded: bool) -> None:
+        """Record that the calling client got a batch after ``wait`` seconds.
+
+        Args:
+            wait: seconds.
+            ready: how many it found that could be taken.
+            crowded: whether a worker waited for room then.
+        """
         now, client = self._clock(), self._client
         gap = None
         if getattr(client, "epoch", None) == self._epoch:
             gap = (now - wait - client.left) / self._clients
             self._steps.add(gap, wait / self._clients)
         client.epoch, client.left = self._epoch, now
-        self.feed.took(gap, ready)
+        self.feed.took(gap, ready, crowded)
 
     def tick(self) -> bool:
         """Decide, if it is time to; return whether something was published. Called by a worker after each batch."""

@@ -1,15 +1,19 @@
-"""Trees for the tests of the searches: by hand, and random ones."""
+"""Nodes and trees for the tests of the performance model: by hand, and random ones."""
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 
+from tests import autotune_oracle as oracle
+from tests.autotune_oracle import Spec
 from torchstage.autotune import (
     AUTOTUNE,
     BUFFER_SIZE,
     CYCLE_LENGTH,
     DETERMINISTIC,
     MAX_BUFFERED_ELEMENTS,
+    MODEL_INPUT_TIME,
     PARALLELISM,
     Model,
     ModelOptions,
@@ -29,6 +33,9 @@ from torchstage.autotune import (
     make_unknown_ratio_node,
 )
 
+SOON = 30.0  # a limit for what must happen anyway, so that a missing wake-up fails and does not hang
+LARGEST, SMALLEST = sys.maxsize, -sys.maxsize - 1  # watermarks of a buffer that was never used
+ARGS = NodeArgs(7, "op")
 PLENTY = 1e18  # of memory, or of processors
 Factory = Callable[[NodeArgs], Node]
 
@@ -168,3 +175,67 @@ def quiet(seed: int) -> Model:
     for node in model.nodes:
         node.buffered_elements_low, node.buffered_elements_high = 1, 0
     return model
+
+
+# Nodes of all kinds.
+
+
+def fixed(name: str, value: float) -> Parameter:
+    return make_non_tunable_parameter(name, value)
+
+
+def free(name: str, value: float | None = None) -> Parameter:
+    return make_parameter(name, SharedState(), 1, 16, value)
+
+
+SYNC: dict[str, Callable[[NodeArgs], Node]] = {
+    "source": make_source_node,
+    "known": partial(make_known_ratio_node, ratio=2),
+    "unknown_ratio": make_unknown_ratio_node,
+    "interleave": partial(make_interleave_many_node, parameters=[fixed(CYCLE_LENGTH, 2)]),
+    "unknown": make_unknown_node,
+}
+ASYNC: dict[str, Callable[[NodeArgs], Node]] = {
+    "async_known": partial(make_async_known_ratio_node, ratio=2, parameters=[fixed(PARALLELISM, 4)]),
+    "async_unknown_ratio": partial(make_async_unknown_ratio_node, parameters=[fixed(PARALLELISM, 4)]),
+    "async_interleave": partial(make_async_interleave_many_node, parameters=[fixed(PARALLELISM, 4)]),
+}
+KINDS = SYNC | ASYNC
+
+
+def ran(node: Node, *times: float) -> Node:
+    """Record an element of each of these times."""
+    for time in times:
+        node.add_processing_time(time)
+        node.record_element()
+    return node
+
+
+# Trees of records, of which nodes are built.
+
+
+def source(time: float, elements: int = 1, **more: object) -> Spec:
+    return Spec("known", times=[time] * elements, **more)  # type: ignore[arg-type]
+
+
+def buffer(ahead: float, time: float, of: Spec, ratio: float = 1, tunable: bool = False) -> Spec:
+    tuned = (BUFFER_SIZE,) if tunable else ()
+    return Spec("async_known", ratio, {BUFFER_SIZE: ahead}, tuned, times=[time], inputs=[of])
+
+
+def workers(count: float, time: float, inputs: Iterable[Spec] = (), ratio: float = 1, tunable: bool = True) -> Spec:
+    tuned = (PARALLELISM,) if tunable else ()
+    return Spec("async_known", ratio, {PARALLELISM: count}, tuned, times=[time], inputs=list(inputs))
+
+
+def tree(spec: Spec) -> Node:
+    return oracle.build(oracle.number(spec))
+
+
+def output(spec: Spec, input_time: float = 0.0) -> float:
+    return tree(spec).output_time({MODEL_INPUT_TIME: input_time})
+
+
+def off(spec: Spec) -> Spec:
+    spec.on = False
+    return spec

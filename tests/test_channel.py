@@ -795,3 +795,15 @@ def test_nothing_is_ready_while_the_next_in_order_is_missing() -> None:
     assert channel.ready == 2
     channel.take()
     assert channel.ready == 1
+
+
+def test_a_channel_is_crowded_while_a_putter_waits(run: Run) -> None:
+    channel: Channel[int] = Channel(1)
+    channel.put(0, 0)
+    assert not channel.crowded
+    putter = run(lambda: channel.put(1, 1))
+    assert putter.blocked
+    assert channel.crowded
+    channel.take()
+    assert putter.result() is True
+    assert not channel.crowded

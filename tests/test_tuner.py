@@ -215,3 +215,11 @@ def test_what_is_fixed_stays_fixed() -> None:
     simulation = tuned(costs(stage=8 * STEP), num_threads=2).run(300)
     assert threads(simulation) == 2
     assert not [change for change in changes(simulation) if "num_threads" in change]
+
+
+@pytest.mark.parametrize(("every", "times"), [(8, 12), (4, 6), (20, 10)])
+def test_batches_that_take_long_now_and_then_get_room_to_be_waited_for(every: int, times: int) -> None:
+    """The workers stand before a full buffer while the loop waits for the late one."""
+    slow = lambda i: (times if i % every == 0 else 0.5) * STEP  # noqa: E731
+    periodic = Costs(constant(0.0005), slow, constant(STEP))
+    assert tuned(periodic).run(600).seconds_per_batch(200) <= best(periodic, 200, 600) / 0.9

@@ -48,6 +48,7 @@ class Channel(Generic[T]):
         self._skipped: set[int] = set()
         self._next = 0
         self._kept = 0
+        self._waiting_putters = 0
         self._end: int | None = None
         self._cancelled = False
         self._cancels = 0
@@ -127,6 +128,11 @@ class Channel(Generic[T]):
         return len(self._items) if self._next in self._items else 0
 
     @property
+    def crowded(self) -> bool:
+        """Whether a putter waits for room."""
+        return self._waiting_putters > 0
+
+    @property
     def capacity(self) -> int:
         """How many items may wait now."""
         return self._capacity
@@ -195,7 +201,11 @@ class Channel(Generic[T]):
             left = _SLICE_SECONDS if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
-            self._room.wait(min(left, _SLICE_SECONDS))
+            self._waiting_putters += 1
+            try:
+                self._room.wait(min(left, _SLICE_SECONDS))
+            finally:
+                self._waiting_putters -= 1
 
     def _check_not_cancelled(self, cancels: int) -> None:
         """Raise if cancelled now, or since the caller saw ``cancels``: a resume may come before a waiter wakes."""
