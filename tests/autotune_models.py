@@ -15,6 +15,8 @@ from torchstage.autotune import (
     MAX_BUFFERED_ELEMENTS,
     MODEL_INPUT_TIME,
     PARALLELISM,
+    CancellationToken,
+    Clock,
     Model,
     ModelOptions,
     Node,
@@ -77,6 +79,13 @@ def stages(*more: tuple[Factory, float, float]) -> Model:
         (parallel(tunable(PARALLELISM)), 300.0, 10),
         (make_source_node, 100.0, 10),
     )
+
+
+def parallel_map(model: Model, parent: Node | None, nanos: float, state: SharedState | None = None) -> Node:
+    """Add a parallel map of which each element took ``nanos``."""
+    parameter = make_parameter(PARALLELISM, state or SharedState(), 1, 8)
+    factory = partial(make_async_known_ratio_node, ratio=1, parameters=[parameter])
+    return worked(model.add_node(factory, "map", parent), nanos)
 
 
 def published(model: Model) -> list[float]:
@@ -175,6 +184,24 @@ def quiet(seed: int) -> Model:
     for node in model.nodes:
         node.buffered_elements_low, node.buffered_elements_high = 1, 0
     return model
+
+
+class FakeClock(Clock):
+    """Never waits. Cancels the token at the wait number ``last``."""
+
+    def __init__(self, last: int = 1000) -> None:
+        self.waits_ms: list[float] = []
+        self.now = 0
+        self._last = last
+
+    def now_ns(self) -> int:
+        return self.now
+
+    def wait(self, token: CancellationToken, seconds: float) -> bool:
+        self.waits_ms.append(seconds * 1e3)
+        if len(self.waits_ms) == self._last:
+            token.cancel()
+        return token.cancelled
 
 
 # Nodes of all kinds.

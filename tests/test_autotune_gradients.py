@@ -15,10 +15,7 @@ from torchstage.autotune import (
     compute_wait_time,
 )
 
-TREES, BLOCK = 600, 60
-
-
-# Gradients (6).
+BLOCK = 60
 
 
 def key(node: Node, name: str = PARALLELISM) -> tuple[str, str]:
@@ -38,7 +35,7 @@ def test_the_own_entry_of_workers_without_input() -> None:
 
 
 def test_the_own_entry_of_workers() -> None:
-    # As above: y = 100, x = 200, n = 2. The source's D is 0.
+    # y = 100, x = 100 + 200 / 2 = 200, n = 2. The source's D is 0.
     root = tree(workers(2, 200, [source(100)]))
     wait = compute_wait_time(100, 200, 2)
     assert gradients(root)[key(root)] == pytest.approx(wait.buffer_size_deriv - (1 + wait.consumer_deriv) * 50)

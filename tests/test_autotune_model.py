@@ -8,63 +8,18 @@ from functools import partial
 
 import pytest
 
+from tests.autotune_models import PLENTY, FakeClock, parallel_map, worked
 from torchstage.autotune import (
-    PARALLELISM,
     AutotuneAlgorithm,
-    CancellationToken,
-    Clock,
     Model,
     ModelOptions,
-    Node,
     SharedState,
     default_cpu_budget,
     default_ram_budget,
-    make_async_known_ratio_node,
     make_known_ratio_node,
-    make_parameter,
     make_source_node,
     make_unknown_node,
 )
-
-PLENTY = 1e18
-PATIENCE = 20.0  # seconds, for what happens at once
-
-
-class FakeClock(Clock):
-    """Never waits. Cancels the token at the wait number ``last``."""
-
-    def __init__(self, last: int = 1000) -> None:
-        self.waits_ms: list[float] = []
-        self.now = 0
-        self._last = last
-
-    def now_ns(self) -> int:
-        return self.now
-
-    def wait(self, token: CancellationToken, seconds: float) -> bool:
-        self.waits_ms.append(seconds * 1e3)
-        if len(self.waits_ms) == self._last:
-            token.cancel()
-        return token.cancelled
-
-
-def worked(node: Node, nanos: float, elements: int = 1) -> Node:
-    for _ in range(elements):
-        node.add_processing_time(nanos)
-        node.record_element()
-    return node
-
-
-def parallel_map(model: Model, parent: Node | None, nanos: float, state: SharedState | None = None) -> Node:
-    parameter = make_parameter(PARALLELISM, state or SharedState(), 1, 8)
-    factory = partial(make_async_known_ratio_node, ratio=1, parameters=[parameter])
-    return worked(model.add_node(factory, "map", parent), nanos)
-
-
-def published(model: Model) -> list[float]:
-    states = [node.parameters[PARALLELISM].state for node in model.nodes if PARALLELISM in node.parameters]
-    return [state.value for state in states if state is not None]
-
 
 # The tree.
 
