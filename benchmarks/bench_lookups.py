@@ -132,7 +132,7 @@ def exact_once(model: OneLookup, batch: int, name: str) -> dict[str, float]:
     repaired, used = figures.repaired, figures.used
     with clocked(journal, "read") as read, clocked(Rows, "fill") as fill, clocked(journal, "after_step") as noted:
         first, second = [model.parts.gather([numbers], []) for numbers in (before, ids)]
-        model.learn(model.parts.run_main([before], [], first), coalesce=not known)
+        model.learn(model.parts.run_main([before], [], first)[0], coalesce=not known)
     started = time.perf_counter()
     rows = second[0].lookup(ids)
     seconds = time.perf_counter() - started

@@ -90,6 +90,9 @@ class Parts:
         self._policy = Policy(options.lookups, lag)
         self._leaf_count = capture.in_spec.num_leaves
         self._out_spec = capture.out_spec
+        self._decisions = capture.decisions
+        modules = {**dict(model.named_modules()), **capture.outside}
+        self._assigned = [(modules[path], name) for path, name in capture.assigned]
         self._ambient = mode.ambient
         self._stage: Callable[..., list[Any]] = self.lifted.stage.module.forward
         self._main: Callable[..., list[Any]] = self.lifted.main.module.forward
@@ -114,7 +117,8 @@ class Parts:
                 return "a tensor of the batch requires grad"
             if position in self.inputs and not is_tracked(leaf):
                 return "the batch holds an object whose changes cannot be noticed"
-        return None
+        other = self._decisions.misfit(leaves) if self._decisions is not None else None
+        return None if other is None else f"{ANOTHER_WAY}{other}"
 
     def changed(self) -> str | None:
         """Name the first thing of the model that is not as it was at capture, or None."""
@@ -151,8 +155,11 @@ class Parts:
                 self.sites, leaves, values, ahead=ahead, records=self._ambient.grad, trying=self._policy.trying
             )
 
-    def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> Any:
-        """Run the main graph on the leaves of a call, the values of its stage and its rows; return what forward returns.
+    def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> tuple[Any, Sequence[Any]]:
+        """Run the main graph on the leaves of a call, the values of its stage and its rows.
+
+        Returns what forward returns, and all that the caller has got hold of by it: the leaves of that, and of what
+        forward assigns to attributes.
 
         Raises:
             IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
@@ -174,7 +181,12 @@ class Parts:
         finally:
             if torch.is_grad_enabled() != grad:  # an exception between two grad mode switches of the forward
                 torch.set_grad_enabled(grad)
-        return unflatten(outputs, self._out_spec)
+        if not self._assigned:
+            return unflatten(outputs, self._out_spec), outputs
+        result, assigned = unflatten(outputs, self._out_spec)
+        for (module, name), value in zip(self._assigned, assigned, strict=True):
+            setattr(module, name, value)
+        return result, outputs
 
     def _run_tasks(self, executor: concurrent.futures.Executor, leaves: Sequence[Any]) -> list[Any]:
         values: dict[str, Any] = {}
@@ -249,6 +261,9 @@ def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[s
         found += [(f"{path}.{name}", tensor) for name, tensor in named if id(tensor) in own]
     return tuple(found)
 
+
+ANOTHER_WAY = "the forward takes another way than at capture: "
+"""How the reason begins why a batch does not fit the Python decisions that a capture holds."""
 
 # What torch says of a row number in the three kinds of lookup: to `embedding` and `index_select`, to an index, to a bag.
 _OUT_OF_RANGE = ("out of range", "out of bounds", "valid range", "Expected idx")

@@ -15,7 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchstage._mode import Mode
-from torchstage._structure import Snapshot, TreeSpec, flatten, is_text_leaf, memory_of
+from torchstage._structure import Snapshot, TreeSpec, is_text_leaf, memory_of
 from torchstage.loaders._feed import bytes_of
 from torchstage.loaders._rows import Rows
 from torchstage.loaders._staging import Parts, Staging
@@ -92,11 +92,9 @@ class Ticket:
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the main graph of a call that was not refused."""
         assert self.staging.parts is not None
-        result = self.staging.parts.run_main(leaves, self._values, self._rows)
+        result, given = self.staging.parts.run_main(leaves, self._values, self._rows)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
-        if self._fragile or any(
-            isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in flatten(result)[0]
-        ):
+        if self._fragile or any(isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in given):
             self.flaw = "staged value given away by an earlier call"
         return result
 

@@ -21,13 +21,15 @@ from typing import Any
 import torch
 import torch.fx
 from torch.fx.proxy import Proxy, Scope, TracerBase
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 
 from torchstage._mode import Ambient
 from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
+from torchstage.transforms._decisions import Decision, Decisions, asks_only, decide
+from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._mirror import Mirror, UntraceableError
+from torchstage.transforms._recorder import Recorder
 from torchstage.transforms._value import Value
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
 
@@ -50,6 +52,11 @@ class Capture:
         measured: tensors of the model whose shape, dtype or device the forward's Python code read.
         trained: the parameters that require grad; other tensors may share their memory.
         globals: names outside the model that the forward read: (dictionary, name, value).
+        outside: modules that the forward found outside the tree of registered ones, by the path they go under.
+        assigned: attributes that the forward assigns, as (module path, name). The result's leaves are then those of
+            ``(result, [values])``.
+        rung: how it was captured.
+        decisions: what the forward's Python code took from shapes, lengths and types; None if nothing.
     """
 
     graph: torch.fx.Graph
@@ -65,10 +72,14 @@ class Capture:
     measured: tuple[torch.Tensor, ...]
     trained: tuple[torch.Tensor, ...]
     globals: tuple[tuple[Any, str, Any], ...]
+    outside: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
+    assigned: tuple[tuple[str, str], ...] = ()
+    rung: str = "traced"
+    decisions: Decisions | None = None
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
-    """Capture ``model.forward(*args, **kwargs)``; the arguments give the structure, their contents are not used.
+    """Capture ``model.forward(*args, **kwargs)``; of the arguments' contents nothing is used.
 
     Raises:
         UntraceableError: the forward as a whole cannot be expressed as a graph.
@@ -105,12 +116,16 @@ class _Tracer(TracerBase):
         self._model = model
         self._opaque = opaque
         self._modules = dict(model.named_modules())
-        self._proxies: weakref.WeakSet[Proxy] = weakref.WeakSet()
+        self._proxies: list[weakref.ref[Proxy]] = []
         self._mirror = Mirror(model, self)
         self._names = {id(tensor): name for name, tensor in _tensors_of(model)}
         self._state: dict[str, torch.Tensor] = {}
         self._foreign: set[str] = set()
         self._called: dict[str, torch.nn.Module] = {}
+        self._outside: dict[str, torch.nn.Module] = {}
+        self._leaves: dict[str, Any] = {}
+        self._example = Example(self.graph, self._leaves, self._state, self._called)
+        self._made: dict[tuple[torch.fx.Node, str], Decision] = {}
         self._inlined: dict[str, None] = {"": None}
         self._attributes: dict[tuple[str, str], Any] = {}
         self._measured: dict[int, torch.Tensor] = {}
@@ -123,16 +138,19 @@ class _Tracer(TracerBase):
         constants = {i: leaf for i, leaf in enumerate(leaves) if is_constant(leaf)}
         inputs = [leaf if i in constants else self._placeholder(i, leaf) for i, leaf in enumerate(leaves)]
         traced_args, traced_kwargs = unflatten(inputs, in_spec)
-        with PythonRandomUntouched(), Watch(self), _Recorder(self):
+        with PythonRandomUntouched(), Watch(self), Recorder(self):
             result = self._mirror.root.forward(*traced_args, **traced_kwargs)
         if self.refused is not None:  # the forward caught the exception
             raise self.refused
         if self.failure is not None:  # a submodule failed and the forward caught its exception
             raise self.failure
         self._mirror.check_containers()
-        outputs, out_spec = flatten(result)
+        assigned = tuple(self._mirror.assigned)
+        outputs, out_spec = flatten((result, list(self._mirror.assigned.values())) if assigned else result)
         self.graph.output(self.create_arg(outputs))
+        decisions = self._decisions({f"input_{i}": i for i in range(len(leaves))})
         self.graph.lint()
+        self._mirror.forget_assigned()
         del result, outputs, inputs, traced_args, traced_kwargs
         self._check_none_escaped()
         return Capture(
@@ -146,18 +164,34 @@ class _Tracer(TracerBase):
             opaque={path: why for path, why in self._opaque.items() if path in self._called},
             inlined=tuple(self._inlined),
             attributes=tuple((path, name, value) for (path, name), value in self._attributes.items()),
-            measured=tuple(self._measured.values()),
-            trained=tuple(p for p in self._model.parameters() if p.requires_grad),
+            measured=tuple(self._measured.values()) + (decisions.measured() if decisions is not None else ()),
+            trained=tuple(p for m in (self._model, *self._outside.values()) for p in m.parameters() if p.requires_grad),
             globals=tuple(self.globals.values()),
+            outside=self._outside,
+            assigned=assigned,
+            decisions=decisions,
         )
+
+    def _decisions(self, positions: dict[str, int]) -> Decisions | None:
+        """Return what was decided, and drop from the graph what was only computed for that."""
+        if not self._made:
+            return None
+        decisions = Decisions(self.graph, list(self._made.values()), positions, self._state, self._called)
+        todo = [node for node, _ in self._made]
+        while todo:
+            node = todo.pop()
+            if not node.users and node.op.startswith("call_") and asks_only(node) and node in self.graph.nodes:
+                todo += node.all_input_nodes
+                self.graph.erase_node(node)
+        return decisions
 
     def _check_none_escaped(self) -> None:
         """Refuse a forward that keeps a value beyond its end: it would keep a proxy, and only at capture."""
-        if self._proxies:
+        if any(value() is not None for value in self._proxies):
             gc.collect()
-        if not self._proxies:
+        escaped = {id(value()) for value in self._proxies if value() is not None}
+        if not escaped:
             return
-        escaped = {id(value) for value in self._proxies}
         for thing in gc.get_objects():
             if type(thing) is functools._lru_cache_wrapper:
                 held = gc.get_referents(thing)
@@ -168,7 +202,7 @@ class _Tracer(TracerBase):
 
     def _placeholder(self, position: int, leaf: Any) -> Proxy:
         proxy = self.create_proxy("placeholder", f"input_{position}", (), {})
-        proxy.node.meta["type"] = type(leaf)
+        self._leaves[f"input_{position}"] = leaf
         return proxy
 
     def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -201,8 +235,33 @@ class _Tracer(TracerBase):
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
         value = Value(node, self)
-        self._proxies.add(value)
+        self._proxies.append(weakref.ref(value))
         return value
+
+    def known(self, node: torch.fx.Node) -> Any:
+        """Return what ``node`` gives, as far as it does not depend on contents; None if that is not known."""
+        try:
+            return self._example.of(node)
+        except NotKnown:
+            return None
+
+    def decide(self, node: torch.fx.Node, question: str) -> Any:
+        """Answer a question that Python code asks of a value, and note it.
+
+        Raises:
+            UntraceableError: it is a question of contents.
+        """
+        try:
+            answer = decide(self._example, node, question)
+        except NotKnown as why:
+            raise UntraceableError(f"forward decides on the contents of `{node.name}` ({why}), {user_line()}") from None
+        self._made.setdefault((node, question), Decision(node, question, answer, user_line()))
+        return answer
+
+    def add_outside(self, path: str, module: torch.nn.Module) -> None:
+        self._outside[path] = self._modules[path] = module
+        for name, tensor in _tensors_of(module, path):
+            self._names.setdefault(id(tensor), name)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
@@ -233,48 +292,6 @@ class _Tracer(TracerBase):
         return self.create_node("get_attr", name, (), {})
 
 
-class _Recorder(TorchFunctionMode):
-    """Turns each torch call that makes or takes a tensor into a node."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if func is torch._C._set_grad_enabled:
-            self._tracer.create_proxy("call_function", func, args, kwargs)
-            return func(*args, **kwargs)
-        involved = [a for a in flatten((args, kwargs))[0] if isinstance(a, (Proxy, torch.Tensor))]
-        if not involved and name not in _FACTORIES:
-            return self._call(func, args, kwargs)
-        if name in ("__get__", "__set__", "__delete__"):
-            return self._property(func, name, args)
-        if name in _METADATA and not any(isinstance(a, Proxy) for a in involved):
-            self._tracer.read_metadata(args[0])
-            return func(*args, **kwargs)
-        kind, target = ("call_method", name) if is_tensor_method_or_property(func) else ("call_function", func)
-        return self._tracer.create_proxy(kind, target, args, kwargs)
-
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        if any(isinstance(leaf, torch.Tensor) for leaf in flatten(result)[0]):
-            raise UntraceableError(f"{getattr(func, '__name__', func)} makes a tensor from Python values")
-        return result
-
-    def _property(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
-        field = func.__self__.__name__
-        if name != "__get__":
-            raise UntraceableError(f"forward sets .{field} of a tensor")
-        if field in _METADATA and isinstance(args[0], torch.Tensor):
-            self._tracer.read_metadata(args[0])
-            return func(*args)
-        return self._tracer.create_proxy("call_function", getattr, (args[0], field), {})
-
-
 def is_leaf(module: torch.nn.Module) -> bool:
     """Whether a submodule is called as a whole: torch's own layers, and any whose call does more than its forward."""
     if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
@@ -303,27 +320,13 @@ def has_global_hooks() -> bool:
     )
 
 
-def _tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _tensors_of(model: torch.nn.Module, root: str = "") -> list[tuple[str, torch.Tensor]]:
     """Return every tensor that hangs on the model, with its path; the first path of one that hangs there twice."""
-    found = [*model.named_parameters(), *model.named_buffers()]
-    for path, module in model.named_modules():
+    found = [*model.named_parameters(root), *model.named_buffers(root)]
+    for path, module in model.named_modules(prefix=root):
         prefix = f"{path}." if path else ""
         found += [(prefix + k, v) for k, v in vars(module).items() if isinstance(v, torch.Tensor)]
     seen: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in found:
         seen.setdefault(id(tensor), (name, tensor))
     return list(seen.values())
-
-
-# Calls that make a tensor from no tensor. `torch.overrides` has no list of them; a missing one is found by `_call`.
-_FACTORIES = frozenset(
-    "arange as_tensor bartlett_window blackman_window complex empty empty_strided eye full hamming_window hann_window "
-    "kaiser_window linspace logspace normal ones rand randint randn randperm range scalar_tensor sparse_coo_tensor tensor "
-    "tril_indices triu_indices zeros asarray from_numpy frombuffer".split()
-)
-# What a tensor is, not what it holds: read from the model's own tensors at capture, as a forward's Python code would.
-# A parameter keeps these for life, but for its device and dtype, which the guards compare.
-_METADATA = frozenset(
-    "shape ndim dim size numel nelement dtype device layout itemsize element_size is_floating_point is_complex is_cuda "
-    "is_sparse requires_grad is_leaf names __len__ get_device stride is_contiguous".split()
-)

@@ -27,7 +27,7 @@ class Guards:
     """
 
     def __init__(self, model: torch.nn.Module, capture: Capture) -> None:
-        modules = dict(model.named_modules())
+        modules = {**dict(model.named_modules()), **capture.outside}
         self._inlined = [modules[path] for path in capture.inlined if path]
         self._same: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._equal: list[tuple[Mapping[str, Any], str, Any, str]] = []
@@ -41,6 +41,8 @@ class Guards:
                 self._add_tensor(modules, name, tensor)
         for owner, name, value in capture.globals:
             self._add_value(owner, name, value, name)
+        for path, module in capture.outside.items():  # the mode of a step holds the flags of registered modules only
+            self._equal.append((vars(module), "training", module.training, f"{path}.training"))
         self._registered = [
             (owner, tuple(owner.items()), f"{path}.{label}" if path else label)
             for path, module in _watched(modules, capture)

@@ -17,6 +17,7 @@ from torchstage.transforms._analysis import cut_of
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._plan import Plan
+from torchstage.transforms._twins import twin
 from torchstage.transforms._verdicts import input_position, without_marks
 
 
@@ -147,7 +148,7 @@ def extract(
         if node.op == "call_module":
             path = str(node.target)
             module = capture.modules[path]
-            copies[node].target = targets.of(path, _as_it_is(module) if ahead else module)
+            copies[node].target = targets.of(path, twin(module) if ahead else module)
     graph.output(torch.fx.node.map_arg(list(results), copy_of))
     module = torch.fx.GraphModule(targets.objects, graph, class_name=name)
     graph.lint()
@@ -177,16 +178,6 @@ class _Targets:
             self._names[path] = name
             self.objects[name] = value
         return self._names[path]
-
-
-def _as_it_is(module: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of ``module`` that shares its tensors and nothing that can be set on it."""
-    twin: torch.nn.Module = object.__new__(type(module))
-    own = dict(vars(module))
-    own["_parameters"], own["_buffers"] = dict(module._parameters), dict(module._buffers)
-    own["_modules"] = {name: None if part is None else _as_it_is(part) for name, part in module._modules.items()}
-    object.__setattr__(twin, "__dict__", own)
-    return twin
 
 
 def _sources(nodes: Iterable[torch.fx.Node], results: Any) -> set[torch.fx.Node]:

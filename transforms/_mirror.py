@@ -4,9 +4,9 @@ Tracing must not touch the user's model, nor patch `torch.nn.Module` (other thre
 tree of stand-ins: each has its module's attributes and a class of its own, made from the module's class, whose calls
 and attribute reads go to the tracer. Tensors are shared, so nothing is copied and every one is recognised.
 
-While it is traced a forward may not change Python state: such a change would happen once, at capture, and never
-again. An assignment stops the trace; a change inside a list or dict is done to a copy and found by
-`Mirror.check_containers`.
+While it is traced a forward may change only so much of the Python state: a change would happen once, at capture, and
+never again. What it assigns to an attribute is kept, to be assigned after every step, unless the forward also reads what
+the last step had assigned; a change inside a list or dict is done to a copy and found by `Mirror.check_containers`.
 """
 
 import collections
@@ -39,24 +39,26 @@ class Observer(Protocol):
     def read_class_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Note that the forward read data of a class, which ``owner`` is the dictionary of."""
 
+    def add_outside(self, path: str, module: torch.nn.Module) -> None:
+        """Note a module that the forward found outside the tree of registered modules."""
+
 
 class Mirror:
     """The mirrored tree of ``model``.
 
     Attributes:
         root: the stand-in of ``model``.
+        assigned: what the forward assigned last to attributes, by (module path, name).
     """
 
     def __init__(self, model: torch.nn.Module, observer: Observer) -> None:
         self._observer = observer
         self._stand_ins: dict[int, Any] = {}
         self._containers: dict[int, tuple[Any, str, Any, list[Any]]] = {}
-        for path, module in model.named_modules():
-            self._stand_ins[id(module)] = _stand_in(module, path, self)
-        for stand_in in self._stand_ins.values():
-            children = stand_in.__dict__["_modules"]
-            stand_in.__dict__["_modules"] = {k: self._stand_ins.get(id(v), v) for k, v in children.items()}
-        self.root = self._stand_ins[id(model)]
+        self.assigned: dict[tuple[str, str], Any] = {}
+        self._read: set[tuple[str, str]] = set()
+        self._outside = 0
+        self.root = self._add(model, "")
 
     def call(self, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Report the call of a stand-in."""
@@ -64,11 +66,13 @@ class Mirror:
 
     def read(self, stand_in: Any, name: str, value: Any) -> Any:
         """Report the read of an instance attribute and return what the forward shall see."""
+        key = stand_in.__dict__[_PATH], name
+        if key in self.assigned:
+            return value
+        self._read.add(key)
         if id(value) in self._stand_ins:
             return self._stand_ins[id(value)]
-        if isinstance(value, torch.nn.Module) and not isinstance(value, _StandIn):
-            raise UntraceableError(f"self.{name} is a module that is not registered in the model")
-        self._observer.read_attribute(stand_in.__dict__[_PATH], name, value)
+        self._observer.read_attribute(*key, value)
         if hasattr(type(value), "__next__"):
             raise UntraceableError(f"self.{name} is an iterator")
         return self._copy(value, name)
@@ -81,12 +85,52 @@ class Mirror:
         """Report that the forward looked for an attribute that is not there."""
         self._observer.read_attribute(stand_in.__dict__[_PATH], name, MISSING)
 
+    def assign(self, stand_in: Any, name: str, value: Any) -> None:
+        """Keep what the forward assigns to an attribute, for itself and for the steps to come."""
+        own, key = stand_in.__dict__, (stand_in.__dict__[_PATH], name)
+        registered = any(name in own.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+        if registered or isinstance(value, (torch.nn.Module, torch.nn.Parameter)):
+            raise UntraceableError(f"forward assigns self.{name}, which is registered in the model")
+        if name in _MACHINERY or hasattr(getattr(type(stand_in), name, None), "__set__"):
+            raise UntraceableError(f"forward assigns self.{name}")
+        if key in self._read:
+            raise UntraceableError(f"forward assigns self.{name}, which it read before")
+        own[name] = self.assigned[key] = value
+
+    def forget_assigned(self) -> None:
+        """Drop what was assigned: it may hold proxies."""
+        for stand_in in self._stand_ins.values():
+            for path, name in self.assigned:
+                if stand_in.__dict__[_PATH] == path:
+                    stand_in.__dict__.pop(name)
+        self.assigned.clear()
+
     def check_containers(self) -> None:
         """Raise `UntraceableError` if the forward changed a container or object that it read from a module."""
         for _, name, copy, before in self._containers.values():
             now = list(_items(copy))
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 raise UntraceableError(f"forward changes the {type(copy).__name__} self.{name}")
+
+    def _add(self, module: torch.nn.Module, root: str) -> Any:
+        """Make stand-ins for ``module`` and its submodules and return its own."""
+        added = []
+        for path, part in module.named_modules(prefix=root):
+            if id(part) not in self._stand_ins:
+                self._stand_ins[id(part)] = _stand_in(part, path, self)
+                added.append(self._stand_ins[id(part)])
+        for stand_in in added:
+            children = stand_in.__dict__["_modules"]
+            stand_in.__dict__["_modules"] = {k: self._stand_ins.get(id(v), v) for k, v in children.items()}
+        return self._stand_ins[id(module)]
+
+    def _add_outside(self, module: torch.nn.Module, name: str) -> Any:
+        self._outside += 1
+        path = f"{name}@{self._outside}"
+        for inner, part in module.named_modules(prefix=path):
+            if id(part) not in self._stand_ins:
+                self._observer.add_outside(inner, part)
+        return self._add(module, path)
 
     def _copy(self, value: Any, name: str) -> Any:
         """Copy containers and plain objects to any depth; stand-ins for modules; everything else is itself."""
@@ -101,8 +145,8 @@ class Mirror:
         kind: Any = type(value)
         reduces = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
         plain = isinstance(own, dict) and reduces and not isinstance(value, enum.Enum)
-        if isinstance(value, torch.nn.Module) and not isinstance(value, _StandIn):
-            raise UntraceableError(f"self.{name} holds a module that is not registered in the model")
+        if isinstance(value, torch.nn.Module):
+            return value if isinstance(value, _StandIn) else self._add_outside(value, name)
         if isinstance(value, (type, types.ModuleType, torch.Tensor)) or callable(value):
             return value
         if isinstance(value, (list, dict, set, collections.deque)):
@@ -159,7 +203,7 @@ class _StandIn:
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise UntraceableError(f"forward assigns self.{name}")
+        self.__dict__[_MIRROR].assign(self, name, value)
 
     def __delattr__(self, name: str) -> None:
         raise UntraceableError(f"forward deletes self.{name}")

@@ -1,36 +1,76 @@
 """The proxies that a forward is traced with."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.fx
 from torch.fx.proxy import Proxy
 
+from torchstage.transforms._frames import user_line
 from torchstage.transforms._mirror import UntraceableError
 
 
 class Value(Proxy):
     """A proxy that records in-place operators and item assignment, which `torch.fx` records as pure ones or refuses."""
 
+    tracer: Any
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` sees: the type of the value where it is known, else the trace stops."""
-        tracer: Any = self.tracer
-        if not tracer.asking:  # torch itself asks, not the forward
+        if not self.tracer.asking:  # torch itself asks, not the forward
             return Value
-        known: type | None = self.node.meta.get("type") or _result_type(self.node)
-        if known is None:
-            raise UntraceableError("forward asks for the type of a computed value")
-        return known
+        known = _result_type(self.node)
+        return known if known is not None else self.tracer.decide(self.node, "type")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(f"a traced value has no {name}")  # a protocol that Python or NumPy looks for
+        return super().__getattr__(name)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __bool__(self) -> bool:
+        return bool(self.tracer.decide(self.node, "bool"))
+
+    def __len__(self) -> int:
+        return int(self.tracer.decide(self.node, "len"))
+
+    def __int__(self) -> int:
+        return int(self.tracer.decide(self.node, "int"))
+
+    def __index__(self) -> int:
+        return int(self.tracer.decide(self.node, "index"))
+
+    def __float__(self) -> float:
+        return float(self.tracer.decide(self.node, "float"))
+
+    def __format__(self, spec: str) -> str:
+        return format(self.tracer.decide(self.node, "str"), spec)
+
+    def __iter__(self) -> Iterator[Any]:
+        known = self.tracer.known(self.node)
+        if known is None:
+            return super().__iter__()  # counts the names on the left of an assignment
+        count = len(self)
+        if count > _MOST_PARTS:
+            raise UntraceableError(f"forward loops over the {count:,} parts of `{self.node.name}`, {user_line()}")
+        parts: Any = self.unbind(0) if isinstance(known, torch.Tensor) else self  # as a tensor's own iterator does
+        return iter([parts[position] for position in range(count)])
+
+    def __hash__(self) -> int:
+        if isinstance(self.tracer.known(self.node), (int, float, str, tuple)):
+            raise TypeError("a traced size cannot be looked up, its value is that of one batch")
+        return id(self)
+
 
 def _result_type(node: torch.fx.Node) -> type | None:
     """Return `torch.Tensor` where every operator of the node's name returns one tensor, else None."""
+    if not node.op.startswith("call_"):
+        return None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_module":
         return torch.Tensor if isinstance(node.meta.get("module"), _GIVES_TENSOR) else None
@@ -43,6 +83,7 @@ def _result_type(node: torch.fx.Node) -> type | None:
     return torch.Tensor if schemas and one else None
 
 
+_MOST_PARTS = 1024  # a loop over the rows of a batch would make a graph for each row
 _GIVES_TENSOR = (
     torch.nn.Linear,
     torch.nn.Embedding,
