@@ -111,6 +111,7 @@ class _Tracer(TracerBase):
         self.failed: str | None = None
         self.failure: Exception | None = None
         self.asking = False
+        self.in_torch = False
         self.refused: UntraceableError | None = None
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._model = model

@@ -43,6 +43,8 @@ class Value(Proxy):
         return int(self.tracer.decide(self.node, "int"))
 
     def __index__(self) -> int:
+        if self.tracer.in_torch:  # its argument parser tries this before it finds the proxy
+            raise TypeError("a traced value")
         return int(self.tracer.decide(self.node, "index"))
 
     def __float__(self) -> float:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import time
 import types
 from typing import Any
 
@@ -42,8 +43,14 @@ class Watch:
         elif arg is isinstance:
             user = frame.f_code is _IS_TENSOR or is_users(frame)
             self._tracer.asking = event == "c_call" and user
-        elif event == "c_call" and isinstance(getattr(arg, "__self__", None), torch.Generator):
-            self._see_generator(arg.__name__)
+        elif event == "c_call":
+            self._tracer.in_torch = _is_torchs(arg)
+            if isinstance(getattr(arg, "__self__", None), torch.Generator):
+                self._see_generator(arg.__name__)
+            elif arg in _TELLS and is_users(frame):
+                self._refuse(f"forward calls {arg.__name__}")
+        elif event in ("c_return", "c_exception"):
+            self._tracer.in_torch = False
 
     def _see_generator(self, method: str) -> None:
         if method in ("manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"):
@@ -96,4 +103,12 @@ def _generators() -> tuple[Any, ...]:
     return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
 
 
+def _is_torchs(function: Any) -> bool:
+    """Whether a built-in function is one of torch's."""
+    home = f"{getattr(function, '__module__', None)}."
+    return home.startswith("torch.") or isinstance(getattr(function, "__self__", None), torch.Tensor)
+
+
+# What does something at every call that a graph would not do, or gives something else at every call.
+_TELLS = (print, input, open, time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic)
 _IS_TENSOR = torch.is_tensor.__code__
