@@ -71,9 +71,11 @@ class Core:
             refused = ticket.refuse(leaves, spec)
             if refused is not None:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
-                return self.model.forward(*args, **kwargs)
+                return ticket.owner.run_original(ticket, call)
             ticket.owner.recorder.step()
-            return ticket.run(leaves)
+            result = ticket.run(leaves, call)
+            ticket.owner.ran(ticket, call)
+            return result
         finally:
             ticket.used()
 

@@ -18,6 +18,8 @@ from torchstage._mode import Ambient, Mode
 from torchstage._structure import flatten, is_tracked
 from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.loaders._graphs import ANOTHER_WAY
+from torchstage.loaders._replay import ReplayParts, record
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.loaders._tickets import Ticket
@@ -70,6 +72,7 @@ class Stager:
         self._changing: set[str] = set()
         self._refusals: dict[object, int] = {}
         self._recaptures = 0
+        self._astray = -1, 0  # how many steps had been staged at the first of how many that took another way
         self._graph_training = model.training
         self._workers: set[int] = set()  # adding and discarding are atomic
         self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.most_threads)
@@ -110,9 +113,11 @@ class Stager:
         """
         self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
-        if staging is None or staging.parts is None:
+        if staging is None or (staging.parts is None and staging.recording is None):
             return None
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
+        if staging.parts is None:
+            return Bound(Ticket(self, staging, leaves, spec, RECORDED), leaves)
         flaw = staging.parts.misfit(leaves, spec)
         ticket = Ticket(self, staging, leaves, spec, flaw)
         if flaw is None:
@@ -142,9 +147,42 @@ class Stager:
         """Count a refused ticket, warn the first time, and adapt if it is likely to happen again. Runs in a forward."""
         with self._lock:
             self.recorder.fallback(reason)
-            self.recorder.warn_once(f"fallback {reason}", FallbackWarning, self._explain(reason, about))
+            if reason != RECORDED:
+                self.recorder.warn_once(f"fallback {reason}", FallbackWarning, self._explain(reason, about))
             if ticket.staging is self._current:
                 self._adapt(ticket.staging, reason, about, call)
+        self.recorder.emit(stacklevel=6)
+
+    def run_original(self, ticket: Ticket, call: Call) -> Any:
+        """Run the original forward for a ticket that was refused, and record it where that is wanted."""
+        lock, (args, kwargs) = ticket.staging.recording, call
+        if lock is None or ticket.staging is not self._current or not lock.acquire(blocking=False):
+            return self._model.forward(*args, **kwargs)
+        try:
+            result, captured = record(self._model, self._model.forward, call)
+        except BaseException:
+            lock.release()
+            raise
+        with self._lock:
+            if ticket.staging is self._current:
+                mode = ticket.staging.mode
+                self._captures[mode] = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
+                self._current = self._replan(mode, self._captures[mode], call)
+        self.recorder.emit(stacklevel=6)
+        return result
+
+    def ran(self, ticket: Ticket, call: Call) -> None:
+        """Note that a step ran on what was staged for it."""
+        parts = ticket.staging.parts
+        varying = parts.varying() if isinstance(parts, ReplayParts) else ()
+        if not varying:
+            return
+        with self._lock:
+            captured = self._captures.get(ticket.staging.mode)
+            if ticket.staging is self._current and isinstance(captured, Capture):
+                captured = dataclasses.replace(captured, varying=captured.varying.union(varying))
+                self._captures[ticket.staging.mode] = captured
+                self._current = self._replan(ticket.staging.mode, captured, call)
         self.recorder.emit(stacklevel=6)
 
     def _adapt(self, staging: Staging, reason: str, about: Any, call: Call) -> None:
@@ -154,6 +192,8 @@ class Stager:
                 self._refusals.pop(about)
                 self._ambients[about.training] = about.ambient
                 self._current = self._staging_for(about, call)
+        elif reason.startswith(ANOTHER_WAY):
+            self._take_another_way(staging, reason, call)
         elif reason == "frozen state changed":
             if self._count(about) >= 2:
                 self._changing.add(about)
@@ -168,6 +208,21 @@ class Stager:
             self._recaptures += 1
             self._current = None
             self.recorder.warn_once("gave up", FallbackWarning, _GAVE_UP.format(about))
+
+    def _take_another_way(self, staging: Staging, reason: str, call: Call) -> None:
+        """Capture again for a forward that goes on taking another way; one that takes ever new ones is recorded."""
+        steps = self.recorder.staged_steps
+        first, count = self._astray if self._astray[0] == steps else (steps, 0)
+        self._astray = first, count + 1
+        if self._astray[1] < _MOST_OTHER_WAYS:
+            return
+        self._astray = -1, 0
+        self._stagings.pop(staging.mode, None)
+        if self._count("way") <= _MOST_WAYS:
+            self._captures[staging.mode] = self._capture(call)
+        else:
+            self._captures[staging.mode] = reason
+        self._current = self._replan(staging.mode, self._captures[staging.mode], call)
 
     def _count(self, what: object) -> int:
         self._refusals[what] = self._refusals.get(what, 0) + 1
@@ -195,7 +250,7 @@ class Stager:
         if len(self._stagings) >= _MOST_MODES:
             self._stagings.clear()
         self._stagings[mode] = staging
-        if staging.parts is None:
+        if staging.parts is None and staging.recording is None:
             name, why = type(self._model).__name__, staging.plan.why_empty()
             message = f"nothing of {name} can be staged: {why}. Batches are still prefetched."
             self.recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
@@ -219,7 +274,12 @@ class Stager:
         )
 
 
+RECORDED = "the forward is recorded"
+"""Why the first steps of a model that cannot be traced run as they are."""
+
 _MOST_RECAPTURES = 8
+_MOST_WAYS = 2  # captures for other shapes than the first
+_MOST_OTHER_WAYS = 3  # steps in a row that a capture did not fit
 _MOST_MODES = 16
 _GAVE_UP = "the model keeps changing ({}): staging is off from here on, batches are still prefetched."
 _ADVICE_MODE = "Staging follows the mode that the steps run in after two of them. "

@@ -1,29 +1,22 @@
 """A staging: one capture, planned, lifted and guarded, ready to run. What a mode of the model needs, in one value."""
 
-import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable
 
 import torch
-import torch.fx
 
 from torchstage._mode import Mode
-from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
-from torchstage._threads import StageThreadPool, set_intra_op_threads
-from torchstage.errors import add_note
-from torchstage.loaders._policy import Policy
-from torchstage.loaders._rows import Rows, gather
-from torchstage.loaders._sites import Site
+from torchstage._threads import StageThreadPool
+from torchstage.loaders._graphs import GraphParts
+from torchstage.loaders._parts import Parts
+from torchstage.loaders._replay import ReplayParts
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._capture import Capture
-from torchstage.transforms._effects import Kind, effect_of
-from torchstage.transforms._guards import Guards
-from torchstage.transforms._lift import Lifted, lift
 from torchstage.transforms._plan import Plan
-from torchstage.transforms._schedule import Task, schedule
+from torchstage.transforms._recording import can_be_recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,187 +27,15 @@ class Staging:
         mode: the mode it was captured in and is valid for.
         modules: the modules whose training flags ``mode`` holds.
         plan: what was decided.
-        parts: the stage and main graph with what they need; None if nothing is staged in this mode.
+        parts: what runs ahead and in the step; None if nothing is staged in this mode.
+        recording: taken, for good, by the forward that shall be recorded; None if none shall.
     """
 
     mode: Mode
     modules: tuple[torch.nn.Module, ...]
     plan: Plan
-    parts: "Parts | None"
-
-
-class Parts:
-    """The stage and main graph of a capture, and the guards of both.
-
-    Args:
-        model: the user's model.
-        capture: the captured forward.
-        plan: the decision on it.
-        mode: the mode it was captured in.
-        pool: where independent branches run; None for the calling thread.
-        options: where rows of trained tables are gathered.
-        recorder: where the figures of lookups go.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        capture: Capture,
-        plan: Plan,
-        mode: Mode,
-        pool: StageThreadPool | None,
-        options: SmartStageOptions,
-        recorder: Recorder,
-    ) -> None:
-        self.in_spec = capture.in_spec
-        self.constants = capture.constants
-        effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
-        self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
-        self._guards = Guards(model, capture)
-        self.lifted: Lifted = lift(capture, plan)
-        self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
-        lag = options.most_batches
-        most_stale = lag if options.max_staleness is None else options.max_staleness
-        nodes = {node.name: node for node in capture.graph.nodes}
-        self.sites: tuple[Site, ...] = tuple(
-            Site(
-                gather,
-                nodes[gather.lookup.node],
-                most_stale if options.lookups == "stale" else None,
-                recorder.lookup(gather.lookup.table),
-            )
-            for gather in self.lifted.gathers
-        )
-        self.inputs = tuple(sorted({*self.lifted.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
-        """The positions of the leaves that are read ahead."""
-        self._policy = Policy(options.lookups, lag)
-        self._leaf_count = capture.in_spec.num_leaves
-        self._out_spec = capture.out_spec
-        self._decisions = capture.decisions
-        modules = {**dict(model.named_modules()), **capture.outside}
-        self._assigned = [(modules[path], name) for path, name in capture.assigned]
-        self._ambient = mode.ambient
-        self._stage: Callable[..., list[Any]] = self.lifted.stage.module.forward
-        self._main: Callable[..., list[Any]] = self.lifted.main.module.forward
-        self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
-        self._pool = pool
-        self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
-
-    def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
-        """Say why a call with these leaves is not the one that was captured, or None."""
-        if len(leaves) != self._leaf_count or spec != self.in_spec:
-            return "the arguments have another structure than at capture"
-        if self._writes:
-            memories = [memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            if len(set(memories)) < len(memories):
-                return "parts of the batch share memory and the forward writes in place"
-        for position, value in self.constants.items():
-            leaf = leaves[position]
-            if type(leaf) is not type(value) or leaf != value:
-                return "an argument that was fixed at capture has another value"
-        for position, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                return "a tensor of the batch requires grad"
-            if position in self.inputs and not is_tracked(leaf):
-                return "the batch holds an object whose changes cannot be noticed"
-        other = self._decisions.misfit(leaves) if self._decisions is not None else None
-        return None if other is None else f"{ANOTHER_WAY}{other}"
-
-    def changed(self) -> str | None:
-        """Name the first thing of the model that is not as it was at capture, or None."""
-        broken = self._guards.broken()
-        if broken is None:
-            for site in self.sites:
-                broken = broken or site.replaced()
-        return broken
-
-    def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
-        """Run the stage graph on the leaves of a call and return the values of the cut.
-
-        Raises:
-            Exception: whatever an operation raises, with a note that names its node.
-        """
-        inputs = [leaves[position] for position in self.lifted.stage.inputs]
-        set_intra_op_threads(self._ambient.threads)
-        with self._ambient.entered():
-            if self._pool is not None and len(self._tasks) > 1:
-                return self._run_tasks(self._pool.executor, leaves)
-            try:
-                return self._stage(*inputs)
-            except Exception as error:
-                add_note(error, f"in the stage graph of torchstage, {_locate(self.lifted.stage.module, inputs)}")
-                raise
-
-    def gather(self, leaves: Sequence[Any], values: Sequence[Any]) -> list[Rows]:
-        """Gather the rows of a call's lookups after its stage has run, where that is to happen ahead."""
-        if not self.sites:
-            return []
-        ahead = self._policy.ahead()
-        with torch.no_grad():
-            return gather(
-                self.sites, leaves, values, ahead=ahead, records=self._ambient.grad, trying=self._policy.trying
-            )
-
-    def run_main(self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows]) -> tuple[Any, Sequence[Any]]:
-        """Run the main graph on the leaves of a call, the values of its stage and its rows.
-
-        Returns what forward returns, and all that the caller has got hold of by it: the leaves of that, and of what
-        forward assigns to attributes.
-
-        Raises:
-            IndexError, RuntimeError: a row number is out of range; torch's type, with the table, the range and the value.
-            Exception: whatever the forward raises.
-        """
-        if self.sites:
-            self._policy.step(any(part.gathered for part in rows))
-        grad = torch.is_grad_enabled()
-        inputs = [leaves[position] for position in self.lifted.main.inputs]
-        try:
-            outputs = self._main(*inputs, *values, *rows) if rows else self._plain(*inputs, *values)
-        except (IndexError, RuntimeError) as error:
-            told = any(words in str(error) for words in _OUT_OF_RANGE)
-            for site in self.sites if told else ():
-                message = site.out_of_range(site.given(leaves, values)[0])
-                if message is not None:
-                    raise type(error)(message) from error
-            raise
-        finally:
-            if torch.is_grad_enabled() != grad:  # an exception between two grad mode switches of the forward
-                torch.set_grad_enabled(grad)
-        if not self._assigned:
-            return unflatten(outputs, self._out_spec), outputs
-        result, assigned = unflatten(outputs, self._out_spec)
-        for (module, name), value in zip(self._assigned, assigned, strict=True):
-            setattr(module, name, value)
-        return result, outputs
-
-    def _run_tasks(self, executor: concurrent.futures.Executor, leaves: Sequence[Any]) -> list[Any]:
-        values: dict[str, Any] = {}
-        waiting = dict(enumerate(self._tasks))
-        running: dict[concurrent.futures.Future[list[Any]], int] = {}
-        finished: set[int] = set()
-        try:
-            while waiting or running:
-                for number in [n for n, task in waiting.items() if task.after <= finished]:
-                    task = waiting.pop(number)
-                    inputs = [leaves[p] for p in task.part.inputs] + [values[name] for name in task.part.values]
-                    running[executor.submit(self._run_task, task, inputs)] = number
-                done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    number = running.pop(future)
-                    values.update(zip(self._tasks[number].part.outputs, future.result(), strict=True))
-                    finished.add(number)
-        finally:
-            concurrent.futures.wait(running)  # after an error: leave nothing of this batch behind
-        return [values[name] for name in self.lifted.stage.outputs]
-
-    def _run_task(self, task: Task, inputs: list[Any]) -> list[Any]:
-        with self._ambient.entered():
-            try:
-                return task.part.module.forward(*inputs)  # type: ignore[no-any-return]
-            except Exception as error:
-                add_note(error, f"in the stage graph of torchstage, {_locate(task.part.module, inputs)}")
-                raise
+    parts: Parts | None
+    recording: "threading.Lock | None" = None
 
 
 def make_staging(
@@ -236,7 +57,8 @@ def make_staging(
     name = type(model).__name__
     modules = tuple(model.modules())
     if isinstance(capture, str):
-        return Staging(mode, modules, Plan(name, model.training, (), (), uncaptured=capture), None)
+        plan = Plan(name, model.training, (), (), uncaptured=capture)
+        return Staging(mode, modules, plan, None, _recording(model))
     exact_only = pool is not None and pool.intra_op != mode.ambient.threads
     plan = make_plan(
         capture,
@@ -248,46 +70,13 @@ def make_staging(
         exact_only=exact_only,
         lookups=options.lookups != "main",
     )
-    parts = Parts(model, capture, plan, mode, pool, options, recorder) if plan.lifted or plan.lookups else None
-    return Staging(mode, modules, plan, parts)
+    if not plan.lifted and not plan.lookups:
+        # A recording sees what a submodule does that a graph has to call as a whole.
+        return Staging(mode, modules, plan, None, _recording(model) if capture.opaque else None)
+    if capture.rung == "recorded":
+        return Staging(mode, modules, plan, ReplayParts(model.forward, capture, plan, mode, options, recorder))
+    return Staging(mode, modules, plan, GraphParts(model, capture, plan, mode, pool, options, recorder))
 
 
-def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[str, torch.Tensor], ...]:
-    """Return the model's tensors that the stage reads, with their names in the capture."""
-    own = {id(t) for t in [*stage.parameters(), *stage.buffers()]}
-    found = [(name, tensor) for name, tensor in capture.state.items() if id(tensor) in own]
-    for path, module in capture.modules.items():
-        named = [*module.named_parameters(), *module.named_buffers()]
-        found += [(f"{path}.{name}", tensor) for name, tensor in named if id(tensor) in own]
-    return tuple(found)
-
-
-ANOTHER_WAY = "the forward takes another way than at capture: "
-"""How the reason begins why a batch does not fit the Python decisions that a capture holds."""
-
-# What torch says of a row number in the three kinds of lookup: to `embedding` and `index_select`, to an index, to a bag.
-_OUT_OF_RANGE = ("out of range", "out of bounds", "valid range", "Expected idx")
-
-
-class _Locator(torch.fx.Interpreter):
-    """Runs a graph node by node to find the one that raises."""
-
-    at: torch.fx.Node | None = None
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        self.at = n
-        return super().run_node(n)
-
-
-def _locate(module: torch.fx.GraphModule, inputs: list[Any]) -> str:
-    """Name the node of a pure graph that raises on ``inputs``, by running it once more."""
-    locator = _Locator(module)
-    locator.extra_traceback = False
-    try:
-        locator.run(*inputs, enable_io_processing=False)
-    except Exception:  # noqa: BLE001 - the first run's exception is the one that is raised
-        node = locator.at
-        if node is not None:
-            source = node.meta.get("source", "")
-            return f"node `{node.name}`{f' from {source}' if source else ''}"
-    return "at a node that did not raise when run again"
+def _recording(model: torch.nn.Module) -> "threading.Lock | None":
+    return threading.Lock() if can_be_recorded(model) else None

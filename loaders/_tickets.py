@@ -17,8 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, is_text_leaf, memory_of
 from torchstage.loaders._feed import bytes_of
+from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
-from torchstage.loaders._staging import Parts, Staging
+from torchstage.loaders._staging import Staging
 
 
 class Ticket:
@@ -89,12 +90,17 @@ class Ticket:
         broken = parts.changed() if parts is not None else "nothing staged"
         return None if broken is None else ("model changed", broken)
 
-    def run(self, leaves: Sequence[Any]) -> Any:
-        """Run the main graph of a call that was not refused."""
-        assert self.staging.parts is not None
-        result, given = self.staging.parts.run_main(leaves, self._values, self._rows)
+    def run(self, leaves: Sequence[Any], call: Call) -> Any:
+        """Run the step of a call that was not refused."""
+        parts = self.staging.parts
+        assert parts is not None
+        result, given = parts.run_main(leaves, self._values, self._rows, call)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
-        if self._fragile or any(isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in given):
+        if (
+            parts.once
+            or self._fragile
+            or any(isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in given)
+        ):
             self.flaw = "staged value given away by an earlier call"
         return result
 

@@ -247,6 +247,11 @@ class Recorder:
             if stage is not None:
                 self._stage.add(stage)
 
+    @property
+    def staged_steps(self) -> int:
+        """How many steps ran on staged values."""
+        return self._staged_steps
+
     def step(self) -> None:
         """Record a forward that used staged values."""
         with self._lock:

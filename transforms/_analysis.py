@@ -59,7 +59,14 @@ def make_plan(
         plans.append(_node_plan(node, verdict, reason))
     cut = cut_of(capture.graph, lambda node: node in verdicts and verdicts[node].lifted)
     return Plan(
-        model, training, tuple(plans), tuple(n.name for n in cut), tuple(capture.opaque.items()), tables=tables.plans()
+        model,
+        training,
+        tuple(plans),
+        tuple(n.name for n in cut),
+        tuple(capture.opaque.items()),
+        tables=tables.plans(),
+        rung=capture.rung,
+        obstacle=capture.obstacle,
     )
 
 

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx
 from torch.fx.proxy import Proxy, Scope, TracerBase
@@ -57,6 +58,8 @@ class Capture:
             ``(result, [values])``.
         rung: how it was captured.
         decisions: what the forward's Python code took from shapes, lengths and types; None if nothing.
+        obstacle: why it could not be captured in a way that is cheaper to run; empty for a traced one.
+        varying: names of operations that seldom turned up again in a forward that was recorded.
     """
 
     graph: torch.fx.Graph
@@ -76,6 +79,8 @@ class Capture:
     assigned: tuple[tuple[str, str], ...] = ()
     rung: str = "traced"
     decisions: Decisions | None = None
+    obstacle: str = ""
+    varying: frozenset[str] = frozenset()
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
@@ -119,7 +124,7 @@ class _Tracer(TracerBase):
         self._modules = dict(model.named_modules())
         self._proxies: list[weakref.ref[Proxy]] = []
         self._mirror = Mirror(model, self)
-        self._names = {id(tensor): name for name, tensor in _tensors_of(model)}
+        self._names = {id(tensor): name for name, tensor in tensors_of(model)}
         self._state: dict[str, torch.Tensor] = {}
         self._foreign: set[str] = set()
         self._called: dict[str, torch.nn.Module] = {}
@@ -148,11 +153,14 @@ class _Tracer(TracerBase):
         self._mirror.check_containers()
         assigned = tuple(self._mirror.assigned)
         outputs, out_spec = flatten((result, list(self._mirror.assigned.values())) if assigned else result)
+        given, given_spec = flatten((traced_args, traced_kwargs))
+        if given_spec != in_spec or any(a is not b for a, b in zip(given, inputs, strict=True)):
+            raise UntraceableError("forward changes a container of the batch")
         self.graph.output(self.create_arg(outputs))
         decisions = self._decisions({f"input_{i}": i for i in range(len(leaves))})
         self.graph.lint()
         self._mirror.forget_assigned()
-        del result, outputs, inputs, traced_args, traced_kwargs
+        del result, outputs, inputs, traced_args, traced_kwargs, given
         self._check_none_escaped()
         return Capture(
             graph=self.graph,
@@ -261,12 +269,14 @@ class _Tracer(TracerBase):
 
     def add_outside(self, path: str, module: torch.nn.Module) -> None:
         self._outside[path] = self._modules[path] = module
-        for name, tensor in _tensors_of(module, path):
+        for name, tensor in tensors_of(module, path):
             self._names.setdefault(id(tensor), name)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
             return self._state_node(a)
+        if isinstance(a, (np.bool_, np.number)):
+            return a.item()  # torch takes a NumPy scalar by its value, and the generated code has no name for its type
         return super().create_arg(a)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
@@ -321,7 +331,7 @@ def has_global_hooks() -> bool:
     )
 
 
-def _tensors_of(model: torch.nn.Module, root: str = "") -> list[tuple[str, torch.Tensor]]:
+def tensors_of(model: torch.nn.Module, root: str = "") -> list[tuple[str, torch.Tensor]]:
     """Return every tensor that hangs on the model, with its path; the first path of one that hangs there twice."""
     found = [*model.named_parameters(root), *model.named_buffers(root)]
     for path, module in model.named_modules(prefix=root):

@@ -56,7 +56,15 @@ class Gather:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lifted:
+class Ahead:
+    """What is done ahead of a step: the stage, and the lookups whose rows are gathered after it."""
+
+    stage: Part
+    gathers: tuple[Gather, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lifted(Ahead):
     """A forward in two parts.
 
     After its own inputs ``main`` takes what ``stage`` returns, and then an object for each of ``gathers`` whose method
@@ -64,10 +72,16 @@ class Lifted:
     lookups as they were; the same as ``main`` where there are none.
     """
 
-    stage: Part
     main: Part
     plain: Part
-    gathers: tuple[Gather, ...] = ()
+
+
+def lift_all(capture: Capture, plan: Plan) -> Ahead:
+    """Build a stage that returns the value of each of its operations, for a forward that runs as Python."""
+    names = {node.name for node in plan.lifted}
+    lifted = [node for node in capture.graph.nodes if node.name in names and without_marks(node) is node]
+    gathers = tuple(_gather(node, lifted, capture) for node in capture.graph.nodes if node.name in plan.lookups)
+    return Ahead(extract(capture, lifted, lifted, f"{plan.model}Stage", ahead=True), gathers)
 
 
 def lift(capture: Capture, plan: Plan) -> Lifted:

@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     BELOW_MARK = "is not above a `staged` mark, and do_smart_stage is off"
     FREE = "costs nothing, so carrying it would save nothing"
     DEPENDS = "depends on work of the step"
+    VARIES = "is called otherwise from step to step"
     LOOKUP = "gathers rows of a trained table, which are gathered ahead and repaired in the step"
 
 
@@ -126,6 +127,8 @@ class Plan:
         opaque: submodules that are called as a whole because they could not be captured, and why.
         uncaptured: why nothing was captured at all; empty if something was.
         tables: the decision on each trained table that the forward looks up.
+        rung: how the forward was captured: traced whole, exported whole, or recorded while it ran as Python.
+        obstacle: why not in a way that is cheaper to run; empty for a traced one.
     """
 
     model: str
@@ -135,6 +138,8 @@ class Plan:
     opaque: tuple[tuple[str, str], ...] = ()
     uncaptured: str = ""
     tables: tuple[TablePlan, ...] = ()
+    rung: str = "traced"
+    obstacle: str = ""
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -169,6 +174,8 @@ class Plan:
             f"plan of {self.model} ({mode}): {len(self.lifted)} of {len(self.nodes)} operations run ahead in the stage"
         )
         lines = [head]
+        if self.obstacle:
+            lines.append(f"  {_RUNGS[self.rung]}, because {self.obstacle}")
         if self.why_empty():
             lines += [f"  nothing is staged: {self.why_empty()}", *[f"  table {table}" for table in self.tables]]
             return "\n".join(lines)
@@ -179,6 +186,13 @@ class Plan:
         lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
+
+
+_RUNGS = {
+    "traced": "captured as a graph",
+    "exported": "captured as a graph by torch.export",
+    "recorded": "the forward runs as Python with staged results put in",
+}
 
 
 def _grouped(nodes: tuple[NodePlan, ...]) -> list[str]:

@@ -16,6 +16,9 @@ class Value(Proxy):
     """A proxy that records in-place operators and item assignment, which `torch.fx` records as pure ones or refuses."""
 
     tracer: Any
+    __array_priority__ = (
+        torch.Tensor.__array_priority__
+    )  # a NumPy scalar on the left leaves the operation to the tensor
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -119,6 +119,8 @@ class Judge:
 
     def _judge(self, node: torch.fx.Node, dirty: int) -> Verdict:
         effect = self._effects[node]
+        if node.name in self.capture.varying:
+            return Verdict(effect, Reason.VARIES)
         if effect.kind in _BY_KIND:
             return Verdict(effect, _BY_KIND[effect.kind], effect.detail)
         own = self._judge_state(node, effect)
