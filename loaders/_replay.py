@@ -62,10 +62,11 @@ class ReplayParts(Parts):
         try:
             return super().run_stage(leaves)
         except Exception:  # noqa: BLE001 - a number taken from another batch may not fit this one; the step will tell
-            return []
+            with self._ambient.entered():
+                return _Sparing(self._ahead.stage.module).values(leaves, self._ahead.stage.inputs)
 
     def gather(self, leaves: Sequence[Any], values: Sequence[Any]) -> list[Rows]:
-        return super().gather(leaves, values) if values or not self._ahead.stage.outputs else []
+        return [] if any(value is MISSED for value in values) else super().gather(leaves, values)
 
     def run_main(
         self, leaves: Sequence[Any], values: Sequence[Any], rows: Sequence[Rows], call: Call
@@ -91,6 +92,22 @@ def record(model: torch.nn.Module, forward: Callable[..., Any], call: Call) -> t
     with recording:
         result = forward(*args, **kwargs)
     return result, recording.capture(result)
+
+
+class _Sparing(torch.fx.Interpreter):
+    """Runs a stage of which some operations fail: what they and those that hang on them give is `MISSED`."""
+
+    def values(self, leaves: Sequence[Any], inputs: Sequence[int]) -> list[Any]:
+        """Return what each operation gives."""
+        return list(self.run(*[leaves[position] for position in inputs], enable_io_processing=False))
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.op.startswith("call_") and any(self.env[source] is MISSED for source in n.all_input_nodes):
+            return MISSED
+        try:
+            return super().run_node(n)
+        except Exception:  # noqa: BLE001 - the step makes the call itself, if it makes it
+            return MISSED
 
 
 class _Script:
@@ -182,6 +199,8 @@ class _Replaying(TorchFunctionMode):
             held.append(self._now.get(known, self))  # nothing is identical to self
             return held[-1]
 
+        if held and held[0] is MISSED:
+            return False
         if not (same(recorded.args, args, value_of) and same(recorded.kwargs, kwargs, value_of)):
             return False
         for value in held:
@@ -199,4 +218,6 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in _tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
+MISSED: Any = object()
+"""Stands for a value that could not be made ahead."""
 _ROUND = 16  # replays after which is decided what is worth making ahead

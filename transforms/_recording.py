@@ -123,6 +123,7 @@ class Recording(TorchFunctionMode):
             return  # nothing that is made ahead records gradients
         if unknown:
             node = self._graph.call_function(unrecorded, tuple(known))
+            node.meta["called"] = getattr(func, "__name__", "")
         elif func is torch.Tensor.__getitem__:
             node = self._graph.call_function(operator.getitem, _arguments(call.args))
         elif isinstance(key, tuple):
@@ -131,7 +132,7 @@ class Recording(TorchFunctionMode):
             kind = "call_method" if is_tensor_method_or_property(func) else "call_function"
             target = func.__name__ if kind == "call_method" else func
             node = self._graph.create_node(kind, target, _arguments(call.args), _arguments(call.kwargs))
-        node.meta = {"source": user_line(), "path": "", "call": call}
+        node.meta.update(source=user_line(), path="", call=call)
         self._know(result, node)
 
     def _know(self, value: Any, node: torch.fx.Node) -> None:
