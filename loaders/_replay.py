@@ -199,7 +199,7 @@ class _Replaying(TorchFunctionMode):
             held.append(self._now.get(known, self))  # nothing is identical to self
             return held[-1]
 
-        if held and held[0] is MISSED:
+        if (held and held[0] is MISSED) or (node is None and not self._rows):
             return False
         if not (same(recorded.args, args, value_of) and same(recorded.kwargs, kwargs, value_of)):
             return False

@@ -13,6 +13,7 @@ forward, or there is none and `UntraceableError` says why.
 import dataclasses
 import functools
 import gc
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._recorder import Recorder
-from torchstage.transforms._value import Value
+from torchstage.transforms._value import Number, Value, is_number
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
 
 
@@ -116,7 +117,9 @@ class _Tracer(TracerBase):
         self.failed: str | None = None
         self.failure: Exception | None = None
         self.asking = False
-        self.in_torch = False
+        self.calling = ""
+        self.in_torch: types.FrameType | None = None
+        self._looked_at: list[torch.fx.Node] = []
         self.refused: UntraceableError | None = None
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._model = model
@@ -210,9 +213,8 @@ class _Tracer(TracerBase):
         raise UntraceableError("forward keeps a value in a Python object or a cache")
 
     def _placeholder(self, position: int, leaf: Any) -> Proxy:
-        proxy = self.create_proxy("placeholder", f"input_{position}", (), {})
         self._leaves[f"input_{position}"] = leaf
-        return proxy
+        return self.create_proxy("placeholder", f"input_{position}", (), {})
 
     def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._modules[path]
@@ -243,7 +245,7 @@ class _Tracer(TracerBase):
         self._measured[id(tensor)] = tensor
 
     def proxy(self, node: torch.fx.Node) -> Proxy:
-        value = Value(node, self)
+        value = Number(node, self) if is_number(node) else Value(node, self)
         self._proxies.append(weakref.ref(value))
         return value
 
@@ -267,6 +269,26 @@ class _Tracer(TracerBase):
         self._made.setdefault((node, question), Decision(node, question, answer, user_line()))
         return answer
 
+    def looked_at(self, node: torch.fx.Node) -> int:
+        """Return the number that a built-in function of torch asks for. It counts as decided unless it is recorded."""
+        try:
+            answer = decide(self._example, node, "index")
+        except (NotKnown, AttributeError):
+            raise TypeError("a traced value is no whole number") from None
+        self._looked_at.append(node)
+        return int(answer)
+
+    def recorded(self) -> None:
+        """Note that the built-in function that is running is recorded, with the proxies themselves."""
+        self._looked_at.clear()
+
+    def returned(self) -> None:
+        """Note that a built-in function has returned."""
+        self.in_torch = None
+        for node in self._looked_at:
+            self.decide(node, "index")
+        self._looked_at.clear()
+
     def add_outside(self, path: str, module: torch.nn.Module) -> None:
         self._outside[path] = self._modules[path] = module
         for name, tensor in tensors_of(module, path):
@@ -289,6 +311,8 @@ class _Tracer(TracerBase):
             if changed is not None:
                 raise UntraceableError(f"forward changes the {changed}")
         node = super().create_node(kind, *args, **kwargs)
+        if kind == "placeholder":
+            node.meta["type"] = type(self._leaves[str(node.target)])
         node.meta["path"] = self._path[-1]
         node.meta["source"] = user_line()
         return node

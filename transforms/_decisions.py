@@ -30,7 +30,8 @@ class Decision:
     def sentence(self) -> str:
         """The decision as a phrase, for a plan."""
         where = f" at {self.source}" if self.source else ""
-        return f"{self.question}({_phrase(self.node)}) is {self.answer!r}{where}"
+        asked = _phrase(self.node)
+        return f"{asked if self.question == 'value' else f'{self.question}({asked})'} is {self.answer!r}{where}"
 
 
 class Decisions:
@@ -173,6 +174,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "index": lambda value: value.__index__(),
     "float": float,
     "str": str,
+    "value": lambda value: value,
     "type": lambda value: torch.Tensor if isinstance(value, FakeTensor) else type(value),
 }
 _OF_TENSORS = ("len", "type")

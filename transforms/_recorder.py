@@ -20,6 +20,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._tracer.recorded()
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func is torch._C._set_grad_enabled:

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx
 from torch.fx.proxy import Proxy
@@ -31,6 +32,12 @@ class Value(Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(f"a traced value has no {name}")  # a protocol that Python or NumPy looks for
+        if name in _STATIC and isinstance(self.tracer.known(self.node), (torch.Tensor, np.ndarray)):
+            return self.tracer.decide(
+                self.tracer.create_proxy("call_function", getattr, (self, name), {}).node, "value"
+            )
+        if name in ("dim", "ndimension") and isinstance(self.tracer.known(self.node), torch.Tensor):
+            return lambda: self.ndim
         return super().__getattr__(name)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -46,8 +53,8 @@ class Value(Proxy):
         return int(self.tracer.decide(self.node, "int"))
 
     def __index__(self) -> int:
-        if self.tracer.in_torch:  # its argument parser tries this before it finds the proxy
-            raise TypeError("a traced value")
+        if self.tracer.in_torch:  # its argument parser looks whether this is a number, and then hands on the proxy
+            return self.tracer.looked_at(self.node)  # type: ignore[no-any-return]
         return int(self.tracer.decide(self.node, "index"))
 
     def __float__(self) -> float:
@@ -70,6 +77,54 @@ class Value(Proxy):
         if isinstance(self.tracer.known(self.node), (int, float, str, tuple)):
             raise TypeError("a traced size cannot be looked up, its value is that of one batch")
         return id(self)
+
+
+class Number(Value):
+    """A proxy of a size, or of what was computed from sizes."""
+
+    @property
+    def __torch_function__(self) -> Any:
+        """Be a plain number to functions that take sizes one by one: there, torch's argument parser wants one."""
+        if self.tracer.calling in _TAKES_SIZES:
+            return torch._C._disabled_torch_function_impl
+        return super().__torch_function__
+
+
+def is_number(node: torch.fx.Node) -> bool:
+    """Whether a node gives a size, or a number computed from sizes."""
+    return _sizes(node) == "number"
+
+
+def _sizes(node: torch.fx.Node) -> str | None:
+    """Return "number" or "shape" where a node gives that, as far as its target tells."""
+    if "sizes" not in node.meta:
+        node.meta["sizes"] = _what_sizes(node)
+    return node.meta["sizes"]  # type: ignore[no-any-return]
+
+
+def _what_sizes(node: torch.fx.Node) -> str | None:
+    if node.op == "placeholder":
+        return "number" if issubclass(node.meta["type"], (int, float)) else None
+    if node.op == "call_method":
+        if node.target == "size":
+            return "number" if len(node.args) + len(node.kwargs) > 1 else "shape"
+        return "number" if node.target in ("numel", "nelement") else None
+    if node.target is getattr:
+        return "shape" if node.args[1] == "shape" else None
+    if getattr(node.target, "__module__", None) != "_operator":
+        return None
+    kinds = {_sizes(source) for source in node.all_input_nodes}
+    if node.target is operator.getitem and kinds == {"shape"}:
+        return "number" if isinstance(node.args[1], int) else "shape"
+    return "number" if kinds == {"number"} and getattr(node.target, "__name__", "") in _ARITHMETIC else None
+
+
+_TAKES_SIZES = frozenset(
+    "ones zeros empty rand randn view reshape expand repeat permute tile new_ones new_zeros new_empty resize_".split()
+)
+_ARITHMETIC = frozenset("add sub mul floordiv truediv mod pow neg".split())
+# What of a tensor hardly ever differs from batch to batch, and is often looked up, compared or handed to other libraries.
+_STATIC = frozenset("ndim dtype device layout is_cuda is_sparse is_nested is_quantized".split())
 
 
 def _result_type(node: torch.fx.Node) -> type | None:

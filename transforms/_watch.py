@@ -44,13 +44,14 @@ class Watch:
             user = frame.f_code is _IS_TENSOR or is_users(frame)
             self._tracer.asking = event == "c_call" and user
         elif event == "c_call":
-            self._tracer.in_torch = _is_torchs(arg)
+            if _is_torchs(arg) and not str(frame.f_globals.get("__name__")).startswith("torchstage.transforms."):
+                self._tracer.in_torch, self._tracer.calling = frame, arg.__name__
             if isinstance(getattr(arg, "__self__", None), torch.Generator):
                 self._see_generator(arg.__name__)
             elif arg in _TELLS and is_users(frame):
                 self._refuse(f"forward calls {arg.__name__}")
-        elif event in ("c_return", "c_exception"):
-            self._tracer.in_torch = False
+        elif frame is self._tracer.in_torch and event in ("c_return", "c_exception"):
+            self._tracer.returned()
 
     def _see_generator(self, method: str) -> None:
         if method in ("manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"):
