@@ -271,12 +271,13 @@ class _Tracer(TracerBase):
 
     def looked_at(self, node: torch.fx.Node) -> int:
         """Return the number that a built-in function of torch asks for. It counts as decided unless it is recorded."""
-        try:
-            answer = decide(self._example, node, "index")
-        except (NotKnown, AttributeError):
-            raise TypeError("a traced value is no whole number") from None
         self._looked_at.append(node)
-        return int(answer)
+        try:
+            return int(decide(self._example, node, "index"))
+        except AttributeError:
+            raise TypeError("a traced value is no whole number") from None
+        except NotKnown:
+            return 1  # any number will do for a call that is recorded
 
     def recorded(self) -> None:
         """Note that the built-in function that is running is recorded, with the proxies themselves."""

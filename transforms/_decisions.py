@@ -105,7 +105,23 @@ def decide(example: Example, node: torch.fx.Node, question: str) -> Any:
     value = example.of(node)
     if isinstance(value, torch.Tensor) and question not in _OF_TENSORS:
         raise NotKnown("it is a tensor's contents")
-    return QUESTIONS[question](value)
+    if question in ("str", "value") and is_open(value):
+        raise NotKnown("it is a size that depends on contents")
+    try:
+        return QUESTIONS[question](value)
+    except Exception as error:
+        if type(error).__name__ != "GuardOnDataDependentSymNode":  # its module takes half a second to import
+            raise
+        raise NotKnown("it is a size that depends on contents") from None
+
+
+def is_open(value: Any) -> bool:
+    """Whether ``value`` holds a number that depends on contents."""
+    return any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in _parts_of(value))
+
+
+def _parts_of(value: Any) -> list[Any]:
+    return [part for item in value for part in _parts_of(item)] if isinstance(value, (tuple, list)) else [value]
 
 
 def _needed(graph: torch.fx.Graph, made: Sequence[Decision]) -> set[torch.fx.Node]:
