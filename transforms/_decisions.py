@@ -44,7 +44,7 @@ class Decisions:
         graph: the captured graph; what the decisions need of it is copied.
         made: the decisions, in order.
         positions: the position of a leaf by the target of its placeholder.
-        state: the tensors that the graph reads, by the target of their node.
+        state: the tensors and arrays that the graph reads, by the target of their node.
         modules: the submodules that the graph calls, by path.
     """
 
@@ -53,7 +53,7 @@ class Decisions:
         graph: torch.fx.Graph,
         made: Sequence[Decision],
         positions: Mapping[str, int],
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
         modules: Mapping[str, torch.nn.Module],
     ) -> None:
         needed = _needed(graph, made)
@@ -81,7 +81,7 @@ class Decisions:
 
     def measured(self) -> tuple[torch.Tensor, ...]:
         """Return the model's tensors whose shapes the decisions depend on."""
-        return tuple(self._state.values())
+        return tuple(value for value in self._state.values() if isinstance(value, torch.Tensor))
 
     def _first_other(self, leaves: Sequence[Any]) -> str | None:
         given = {str(target): leaves[position] for target, position in self._inputs}

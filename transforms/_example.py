@@ -27,7 +27,7 @@ class Example:
     Args:
         graph: the graph; it may still grow.
         leaves: the leaves of a call, by the target of their placeholder.
-        state: the tensors that the graph reads, by the target of their node; it may still grow.
+        state: the tensors and arrays that the graph reads, by the target of their node; it may still grow.
         modules: the submodules that the graph calls, by path; it may still grow.
     """
 
@@ -35,7 +35,7 @@ class Example:
         self,
         graph: torch.fx.Graph,
         leaves: Mapping[str, Any],
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
         modules: Mapping[str, torch.nn.Module],
     ) -> None:
         self._graph = graph
