@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch.fx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchstage._structure import map_leaves
@@ -49,7 +48,7 @@ def _mark(function: Any, values: tuple[Any, ...]) -> Any:
     def mark(leaf: Any) -> Any:
         # A node per leaf keeps the container a real one, so that a traced forward can go on unpacking it. A tracer sees
         # the call as it sees torch's own functions: through the proxy, or through its torch function mode.
-        if isinstance(leaf, (torch.Tensor, torch.fx.Proxy)) and has_torch_function_unary(leaf):
+        if hasattr(type(leaf), "__torch_function__") and has_torch_function_unary(leaf):
             return handle_torch_function(function, (leaf,), leaf)
         return leaf
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
-from torch.fx.proxy import Proxy, Scope, TracerBase
+from torch.fx.proxy import Scope, TracerBase
 from torch.utils import _device
 
 from torchstage._mode import Ambient
@@ -31,9 +31,10 @@ from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
 from torchstage.transforms._decisions import Decision, Decisions, asks_only, decide
 from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
+from torchstage.transforms._kinds import is_number
 from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._recorder import Recorder
-from torchstage.transforms._value import Number, Value, is_number
+from torchstage.transforms._value import Attribute, Number, Value
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
 
 
@@ -132,7 +133,7 @@ class _Tracer(TracerBase):
         self._model = model
         self._opaque = opaque
         self._modules = dict(model.named_modules())
-        self._proxies: list[weakref.ref[Proxy]] = []
+        self._proxies: list[weakref.ref[Value]] = []
         self._mirror = Mirror(model, self)
         self._names = {id(tensor): name for name, tensor in tensors_of(model)}
         self._state: dict[str, torch.Tensor] = {}
@@ -224,7 +225,7 @@ class _Tracer(TracerBase):
                     thing.cache_clear()
         raise UntraceableError("forward keeps a value in a Python object or a cache")
 
-    def _placeholder(self, position: int, leaf: Any) -> Proxy:
+    def _placeholder(self, position: int, leaf: Any) -> Any:
         self._leaves[f"input_{position}"] = leaf
         return self.create_proxy("placeholder", f"input_{position}", (), {})
 
@@ -256,7 +257,7 @@ class _Tracer(TracerBase):
     def read_metadata(self, tensor: torch.Tensor) -> None:
         self._measured[id(tensor)] = tensor
 
-    def proxy(self, node: torch.fx.Node) -> Proxy:
+    def proxy(self, node: torch.fx.Node) -> Any:
         value = Number(node, self) if is_number(node) else Value(node, self)
         self._proxies.append(weakref.ref(value))
         return value
@@ -308,6 +309,8 @@ class _Tracer(TracerBase):
             self._names.setdefault(id(tensor), name)
 
     def create_arg(self, a: Any) -> Any:
+        if type(a) in (Value, Number, Attribute):
+            return a.node
         if isinstance(a, torch.Tensor):
             return self._state_node(a)
         if isinstance(a, np.ndarray):

@@ -6,7 +6,7 @@ contents is not known. What is known is exact for every batch with the same shap
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,10 +60,7 @@ class Example:
             except DynamicOutputShapeException:
                 self._begin_again()
                 self._catch_up(node)
-        value = self._known[node]
-        if isinstance(value, NotKnown):
-            raise value
-        return value
+        return self._argument(node)
 
     def _begin_again(self) -> None:
         """Evaluate once more with unknowns for sizes that depend on contents, such as of ``x[x > 0]``. That takes longer."""
@@ -103,19 +100,20 @@ class Example:
         try:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._argument)
             return self._without_contents(self._call(node, args, kwargs))
-        except NotKnown as unknown:
-            return unknown
         except DynamicOutputShapeException:
             if not self._open:
                 raise
-            return NotKnown("its shape depends on contents")
+            why = "its shape depends on contents"
+        except NotKnown as unknown:
+            why = str(unknown)
         except Exception as error:  # noqa: BLE001 - a value that cannot be told is one that is not known
-            return NotKnown(f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
+        return _Unknown(why)  # not the exception: its frames would keep proxies alive
 
     def _argument(self, node: torch.fx.Node) -> Any:
         value = self._known[node]
-        if isinstance(value, NotKnown):
-            raise value
+        if isinstance(value, _Unknown):
+            raise NotKnown(value.why)
         return value
 
     def _call(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
@@ -125,6 +123,8 @@ class Example:
         if target is getattr:
             if args[1] in _FIELDS or kinds == {_PLAIN}:
                 return getattr(args[0], args[1])
+            if args[1] in _VIEWS and kinds <= {_PLAIN, _TENSOR}:
+                return getattr(self._fake(args[0]), args[1])
         elif target is len or target in QUESTION_METHODS:
             return target(args[0]) if target is len else getattr(args[0], target)(*args[1:], **kwargs)
         elif kinds <= {_PLAIN} and (node.op == "call_method" or home in ("_operator", "math", "builtins")):
@@ -166,6 +166,12 @@ class Example:
         if not any(isinstance(leaf, torch.Tensor) for leaf in _leaves_of(value)):
             return value  # a torch.Size would come back as a tuple
         return torch.fx.node.map_aggregate(value, strip)
+
+
+class _Unknown(NamedTuple):
+    """Stands for a value that is not known."""
+
+    why: str
 
 
 class _Text:
@@ -215,6 +221,7 @@ _PLAIN_TYPES = (
 _FIELDS = frozenset(
     "shape dtype device ndim size layout itemsize is_cuda is_sparse is_nested is_quantized nbytes".split()
 )
+_VIEWS = frozenset("T mT H mH real imag data".split())
 QUESTION_METHODS = frozenset(
     "size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex is_signed "
     "get_device".split()

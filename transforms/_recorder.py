@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from torchstage._structure import flatten
 from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._value import Value
 
 
 class Recorder(TorchFunctionMode):
@@ -26,12 +26,12 @@ class Recorder(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             self._tracer.create_proxy("call_function", func, args, kwargs)
             return func(*args, **kwargs)
-        involved = [a for a in flatten((args, kwargs))[0] if isinstance(a, (Proxy, torch.Tensor))]
+        involved = [a for a in flatten((args, kwargs))[0] if isinstance(a, (Value, torch.Tensor))]
         if not involved and name not in _FACTORIES:
             return self._call(func, args, kwargs)
         if name in ("__get__", "__set__", "__delete__"):
             return self._property(func, name, args)
-        if name in METADATA and not any(isinstance(a, Proxy) for a in involved):
+        if name in METADATA and not any(isinstance(a, Value) for a in involved):
             self._tracer.read_metadata(args[0])
             return func(*args, **kwargs)
         kind, target = ("call_method", name) if is_tensor_method_or_property(func) else ("call_function", func)
