@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from torchstage._explain._advice import advise
 from torchstage._explain._explanation import Explanation
 from torchstage._explain._probe import Probe, rows_of, value_of, with_rows
 from torchstage._explain._values import Leaf, Measurement, Operation, Place
 from torchstage._mode import Ambient
-from torchstage._structure import flatten, is_text, is_tracked, pytree
+from torchstage._structure import flatten, is_text, is_tracked
 from torchstage._threads import get_stage_thread_pool
 from torchstage.errors import OptionError
 from torchstage.loaders import unwrap
@@ -72,9 +73,8 @@ def explain(
     seen = time.perf_counter()
     plan = _plan(plain, options, captured, leaves)
     planned = time.perf_counter()
-    times = {"capture_seconds": seen - begun, "plan_seconds": planned - seen}
     if isinstance(captured, str):
-        return _unexplained(plain, plan, times)
+        return _unexplained(plain, plan, seen - begun)
     probe = Probe(plain, captured, plan, Ambient.now())
     measured = _measure(probe, leaves, rows) if measure else ()
     operations = _operations(captured, plan, probe)
@@ -89,7 +89,8 @@ def explain(
         decisions=tuple(decision.sentence for decision in _decisions(captured)),
         rung=getattr(captured, "rung", "traced"),
         advice=advise(plan, operations, captured, measured),
-        **times,
+        capture_seconds=seen - begun,
+        plan_seconds=planned - seen,
     )
 
 
@@ -127,13 +128,22 @@ def _plan(model: torch.nn.Module, options: SmartStageOptions, captured: Capture 
     )
 
 
-def _unexplained(model: torch.nn.Module, plan: Plan, times: dict[str, float]) -> Explanation:
+def _unexplained(model: torch.nn.Module, plan: Plan, seconds: float) -> Explanation:
     """Return what can be said of a forward of which nothing was captured."""
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("operations", "leaves", "outputs", "cut", "measured", "decisions", "advice"), ()
+    return Explanation(
+        plan=plan,
+        operations=(),
+        leaves=(),
+        outputs=(),
+        cut=(),
+        modules={"": type(model).__name__},
+        measured=(),
+        decisions=(),
+        rung="none",
+        advice=advise(plan, (), None, ()),
+        capture_seconds=seconds,
+        plan_seconds=0.0,
     )
-    nothing["advice"] = advise(plan, (), None, ())
-    return Explanation(plan=plan, modules={"": type(model).__name__}, rung="none", **nothing, **times)
 
 
 def _measure(probe: Probe, leaves: list[Any], rows: Sequence[int]) -> tuple[Measurement, ...]:
@@ -190,17 +200,18 @@ def _leaves(
 
 def _labels(model: torch.nn.Module, call: tuple[Any, Any], count: int) -> list[str]:
     """Name the leaves of a call as a user would: ``features['age']``."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in _POSITIONAL]
     labels = []
+    path: Any
     with contextlib.suppress(Exception):  # a container without paths is named by position
         for path, _ in pytree.tree_flatten_with_path(call, is_leaf=is_text)[0]:
             (side, first), rest = path[:2], pytree.keystr(path[2:])
             if side.idx == 1:
                 labels.append(f"{first.key}{rest}")
                 continue
-            parameter = parameters[min(first.idx, len(parameters) - 1)]
-            many = parameter.kind is parameter.VAR_POSITIONAL
-            labels.append(f"{parameter.name}{f'[{first.idx - len(parameters) + 1}]' if many else ''}{rest}")
+            position = min(first.idx, len(parameters) - 1)
+            many = parameters[position].kind is inspect.Parameter.VAR_POSITIONAL
+            labels.append(f"{parameters[position].name}{f'[{first.idx - position}]' if many else ''}{rest}")
     return labels if len(labels) == count else [f"input {position}" for position in range(count)]
 
 
@@ -217,3 +228,10 @@ def _class_names(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
 def _decisions(captured: Capture) -> tuple[Any, ...]:
     found = getattr(captured, "decisions", ())
     return found if isinstance(found, tuple) else ()
+
+
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)

@@ -18,7 +18,7 @@ def advise(
     """Return what could be changed, the changes that let most operations run ahead first."""
     if capture is None:
         return (Advice(_of_uncaptured(plan.uncaptured)),)
-    found = _of_causes(operations, _state_writers(capture))
+    found = _of_causes(operations, _state_writers(capture), _trained_readers(capture))
     found += [Advice(f"submodule `{path}` is called as a whole: {why}. {_WHOLE}") for path, why in plan.opaque]
     found += _of_tables(plan, capture)
     found += _of_values(plan, operations)
@@ -32,7 +32,14 @@ def _state_writers(capture: Capture) -> set[str]:
     return {node.name for node in called if getattr(node.args[0], "op", "") == "get_attr"}
 
 
-def _of_causes(operations: Sequence[Operation], state_writers: set[str]) -> list[Advice]:
+def _trained_readers(capture: Capture) -> set[str]:
+    """Return the names of the calls that read a trained parameter themselves, whatever else keeps them in the step."""
+    trained = {name for name, tensor in capture.state.items() if tensor.requires_grad}
+    reads = (node for node in capture.graph.nodes if node.op == "get_attr" and str(node.target) in trained)
+    return {user.name for node in reads for user in node.users}
+
+
+def _of_causes(operations: Sequence[Operation], state_writers: set[str], trained_readers: set[str]) -> list[Advice]:
     groups: dict[tuple[Reason, str, str], list[Operation]] = {}
     for operation in operations:
         decision = operation.plan
@@ -43,7 +50,7 @@ def _of_causes(operations: Sequence[Operation], state_writers: set[str]) -> list
     for (reason, _, source), members in list(groups.items())[:_MOST_CAUSES]:
         decision = members[0].plan
         writes_state = reason is Reason.WRITES and decision.name in state_writers
-        gain = _freed(operations, {member.plan.name for member in members})
+        gain = _freed(operations, {member.plan.name for member in members}, trained_readers)
         gain -= len(members) if writes_state or reason in _GONE else 0
         if gain <= 0:
             continue
@@ -55,8 +62,11 @@ def _of_causes(operations: Sequence[Operation], state_writers: set[str]) -> list
     return sorted(found, key=lambda advice: -advice.operations)[:_MOST_ADVICE]
 
 
-def _freed(operations: Sequence[Operation], pardoned: set[str]) -> int:
-    """Count the operations that would run ahead if those in ``pardoned`` had no reason of their own to stay."""
+def _freed(operations: Sequence[Operation], pardoned: set[str], pinned: set[str]) -> int:
+    """Count the operations that would run ahead if those in ``pardoned`` had no reason of their own to stay.
+
+    Those in ``pinned`` stay in any case.
+    """
     kept: set[str] = set()
     freed = 0
     for operation in operations:
@@ -65,7 +75,7 @@ def _freed(operations: Sequence[Operation], pardoned: set[str]) -> int:
             continue
         own = operation.is_cause or operation.place == "lookup"
         pardon = decision.name in pardoned or (decision.reason is Reason.AFTER_WRITE and decision.cause in pardoned)
-        if (own and not pardon) or any(name in kept for name in operation.inputs):
+        if (own and not pardon) or decision.name in pinned or any(name in kept for name in operation.inputs):
             kept.add(decision.name)
         else:
             freed += decision.reason is not Reason.FREE

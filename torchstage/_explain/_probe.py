@@ -81,7 +81,7 @@ class Probe:
                 self._watch(self._whole, leaves)
 
     def measure(self, leaves: Sequence[Any], rows: int | None) -> Measurement:
-        """Time the stage, the forward, and what is left of it in the step, in turn; the median of a few rounds."""
+        """Time the stage, the forward, and what is left of it in the step, in turn; the least of a few rounds."""
         stage, forward, step = [], [], []
         values: list[Any] = []
         begun = time.perf_counter()
@@ -99,9 +99,9 @@ class Probe:
             return Measurement(rows, problem=f"the forward fails on this batch: {sentence(error)}")
         return Measurement(
             rows,
-            statistics.median(stage[1:]),  # the first round warms up
-            statistics.median(forward[1:]) if forward else None,
-            statistics.median(step[1:]) if step else None,
+            min(stage),
+            min(forward, default=None),
+            min(step, default=None),
             sum(value_of(value).bytes for value in values),
             self.problem,
         )

@@ -19,7 +19,7 @@
       if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
       else element.setAttribute(key, value === true ? "" : value);
     }
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""));
     return element;
   }
 
@@ -222,7 +222,7 @@
     let asideClass = "aside time";
     let aside = time(members.reduce((sum, member) => sum + ((member.op && member.op.seconds) || 0), 0) || null);
     if (node.kind === "op") {
-      what = called(node.op);
+      what = node.op.layer || node.op.calls;
       aside = node.op.value ? node.op.value.form : "";
       asideClass = "aside";
     } else if (node.kind === "line" && !node.open) {
@@ -301,7 +301,7 @@
       if (!to) continue;
       for (const source of node.inputs) {
         const from = visibleOf(source);
-        if (!from) continue;
+        if (!from || from.open || to.open) continue; // an end that the search hides
         if (from === to && source.lane === node.lane) continue;
         const key = `${from.id} ${source.lane} ${to.id} ${node.lane}`;
         if (seen.has(key)) continue;
@@ -651,5 +651,6 @@
     document.documentElement.dataset.ready = "yes";
   }
 
+  addEventListener("error", (event) => { document.documentElement.dataset.error = event.message; });
   start();
 })();
