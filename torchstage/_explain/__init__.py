@@ -11,8 +11,9 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from torchstage._explain._advice import advise
+from torchstage._explain._batches import rows_of, value_of, with_rows
 from torchstage._explain._explanation import Explanation
-from torchstage._explain._probe import Probe, rows_of, value_of, with_rows
+from torchstage._explain._probe import Probe
 from torchstage._explain._values import Leaf, Measurement, Operation, Place
 from torchstage._mode import Ambient
 from torchstage._structure import flatten, is_text, is_tracked

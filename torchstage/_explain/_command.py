@@ -80,7 +80,7 @@ def _load(spec: str) -> Any:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            own = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
+            own = [key for key, item in vars(module).items() if getattr(item, "__module__", "") == module_name]
             raise _UsageError(f"{module_name} has no {name!r}. It has: {', '.join(own[:10]) or 'no functions'}.")
         value = getattr(value, part)
     if not callable(value):
