@@ -30,7 +30,6 @@ from torchstage._structure import flatten, hand_out, memory_of
 from torchstage.transforms._analysis import cut_of
 from torchstage.transforms._capture import Capture, has_hooks
 from torchstage.transforms._effects import Kind, effect_of
-from torchstage.transforms._frames import sentence
 from torchstage.transforms._lift import Part, extract
 from torchstage.transforms._plan import Plan, at
 
@@ -96,7 +95,7 @@ class Probe:
                     if number and time.perf_counter() - begun > _SECONDS:
                         break
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises for this batch is the finding
-            return Measurement(rows, problem=f"the forward fails on this batch: {sentence(error)}")
+            return Measurement(rows, problem=f"it fails on this batch: {self._locate(error, leaves)}")
         return Measurement(
             rows,
             min(stage),
@@ -126,14 +125,23 @@ class Probe:
     def _try(self, leaves: Sequence[Any]) -> str:
         """Run the forward once without letting it write into the user's tensors; say why it cannot be run, or nothing."""
         batch = {memory_of(leaf): "the batch" for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        watcher = _Watcher(self._whole.module, {}, {})
         try:
             with _NoWrites({**batch, **self._kept}):
-                self._run(self._whole, leaves, [])
+                watcher.run(*self._inputs(self._whole, leaves), enable_io_processing=False)
         except _WriteRefused as refused:
             return f"it writes into {refused.args[0]}"
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises for this batch is the finding
-            return f"it fails on this batch: {sentence(error)}"
+            return f"it fails on this batch: {watcher.failure(error)}"
         return ""
+
+    def _locate(self, error: Exception, leaves: Sequence[Any]) -> str:
+        """Describe an exception of a run, with the operation that raises it, which running it again tells."""
+        part = self._stage if self.problem else self._whole
+        watcher = _Watcher(part.module, {}, {})
+        with _as_before(), contextlib.suppress(Exception):
+            watcher.run(*self._inputs(part, leaves), enable_io_processing=False)
+        return watcher.failure(error)
 
     def _watch(self, part: Part, leaves: Sequence[Any]) -> None:
         watcher = _Watcher(part.module, self.values, self.seconds)
@@ -168,8 +176,17 @@ class _Watcher(torch.fx.Interpreter):
         self.extra_traceback = False
         self._values = values
         self._seconds = seconds
+        self._node: torch.fx.Node | None = None
+
+    def failure(self, error: Exception) -> str:
+        """Describe ``error``, which the operation that ran last has raised."""
+        node = self._node
+        where = "" if node is None else f" in `{node.name}`{at(node.meta.get('source', ''))}"
+        message = str(error).partition("\n")[0]
+        return f"{type(error).__name__}{where}: {message}"
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        self._node = n
         begun = time.perf_counter()
         result = super().run_node(n)
         if n.op.startswith("call_"):
