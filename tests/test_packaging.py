@@ -111,7 +111,8 @@ def test_the_wheel_holds_every_module_the_types_and_the_data_and_nothing_else(wh
         for path in folder_of(package).glob("*.py")
     }
     data = {"torchstage/py.typed", "torchstage/data/adult.csv.gz", "torchstage/data/README.md"}
-    assert inside == modules | data
+    pages = {f"torchstage/_explain/page.{kind}" for kind in ("html", "css", "js")}
+    assert inside == modules | data | pages
 
 
 def test_the_wheel_is_pure_and_carries_its_licences_and_needs(wheel: Path) -> None:

@@ -14,6 +14,7 @@ import torchstage
 PUBLIC = [
     "AUTOTUNE",
     "AutotuneAlgorithm",
+    "Explanation",
     "Plan",
     "SmartStageOptions",
     "Staged",
@@ -24,6 +25,7 @@ PUBLIC = [
     "autotune",
     "close_stage_thread_pools",
     "errors",
+    "explain",
     "make_prefetch_hook",
     "mark_target_node",
     "ops",

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from torchstage import autotune, errors, ops
+from torchstage._explain import Explanation, explain
 from torchstage._smart_stage import Staged, smart_stage
 from torchstage._threads import add_stage_thread_pool, close_stage_thread_pools
 from torchstage.autotune import AUTOTUNE, AutotuneAlgorithm
@@ -20,6 +21,7 @@ except PackageNotFoundError:  # a plain checkout that was not installed
 __all__ = [
     "AUTOTUNE",
     "AutotuneAlgorithm",
+    "Explanation",
     "Plan",
     "SmartStageOptions",
     "Staged",
@@ -30,6 +32,7 @@ __all__ = [
     "autotune",
     "close_stage_thread_pools",
     "errors",
+    "explain",
     "make_prefetch_hook",
     "mark_target_node",
     "ops",
