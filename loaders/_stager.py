@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchstage._memory import has_unseen_writes
 from torchstage._mode import Ambient, Mode
 from torchstage._structure import flatten, is_tracked
 from torchstage._threads import StageThreadPool
@@ -114,6 +115,8 @@ class Stager:
             return None
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
         flaw = staging.parts.misfit(leaves, spec)
+        if flaw is None and has_unseen_writes(batch.leaves):
+            flaw = "a sparse tensor of the batch shares memory with another part, whose writes it does not show"
         ticket = Ticket(self, staging, leaves, spec, flaw)
         if flaw is None:
             ticket.fill(staging.parts, leaves)
@@ -206,7 +209,7 @@ class Stager:
         if self._options.graph is not None and self._model.training == self._graph_training:
             source = self._options.graph
         try:
-            return capture(source, *call)
+            return capture(source, *call, method=self._binder.method)
         except UntraceableError as error:
             return str(error)
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from torchstage._memory import share_memory
 from torchstage._mode import Mode
-from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
+from torchstage._structure import TreeSpec, is_tracked, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.loaders._policy import Policy
@@ -24,6 +25,7 @@ from torchstage.transforms._guards import Guards
 from torchstage.transforms._lift import Lifted, lift
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._schedule import Task, schedule
+from torchstage.transforms._verdicts import input_position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Parts:
         )
         self.inputs = tuple(sorted({*self.lifted.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
         """The positions of the leaves that are read ahead."""
+        self.unused = _unused_numbers(capture)
+        """The positions of the leaves that nothing depends on, such as the number of the batch."""
         self._policy = Policy(options.lookups, lag)
         self._leaf_count = capture.in_spec.num_leaves
         self._out_spec = capture.out_spec
@@ -101,10 +105,8 @@ class Parts:
         """Say why a call with these leaves is not the one that was captured, or None."""
         if len(leaves) != self._leaf_count or spec != self.in_spec:
             return "the arguments have another structure than at capture"
-        if self._writes:
-            memories = [memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            if len(set(memories)) < len(memories):
-                return "parts of the batch share memory and the forward writes in place"
+        if self._writes and share_memory(leaves):
+            return "parts of the batch share memory and the forward writes in place"
         for position, value in self.constants.items():
             leaf = leaves[position]
             if type(leaf) is not type(value) or leaf != value:
@@ -238,6 +240,11 @@ def make_staging(
     )
     parts = Parts(model, capture, plan, mode, pool, options, recorder) if plan.lifted or plan.lookups else None
     return Staging(mode, modules, plan, parts)
+
+
+def _unused_numbers(capture: Capture) -> frozenset[int]:
+    inputs = [node for node in capture.graph.nodes if node.op == "placeholder" and not node.users]
+    return frozenset(input_position(node) for node in inputs if node.meta.get("type") in (int, float))
 
 
 def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[str, torch.Tensor], ...]:

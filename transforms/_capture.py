@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _device
 
 from torchstage._mode import Ambient
-from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
+from torchstage._structure import TreeSpec, flatten, is_constant, layout_of, unflatten
 from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._value import Value
@@ -50,6 +50,7 @@ class Capture:
         measured: tensors of the model whose shape, dtype or device the forward's Python code read.
         trained: the parameters that require grad; other tensors may share their memory.
         globals: names outside the model that the forward read: (dictionary, name, value).
+        method: the method that was captured.
     """
 
     graph: torch.fx.Graph
@@ -65,21 +66,28 @@ class Capture:
     measured: tuple[torch.Tensor, ...]
     trained: tuple[torch.Tensor, ...]
     globals: tuple[tuple[Any, str, Any], ...]
+    method: str = "forward"
 
 
-def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
+def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: str = "forward") -> Capture:
     """Capture ``model.forward(*args, **kwargs)``; the arguments give the structure, their contents are not used.
+
+    Args:
+        model: the module to capture.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        method: the method to capture instead of ``forward``.
 
     Raises:
         UntraceableError: the forward as a whole cannot be expressed as a graph.
     """
     if has_global_hooks():
         raise UntraceableError("hooks on all modules are set")
-    if "forward" in model.__dict__:
-        raise UntraceableError("forward is set on the instance, so it cannot be run on a copy of the model")
+    for name in {"forward", method} & model.__dict__.keys():
+        raise UntraceableError(f"{name} is set on the instance, so it cannot be run on a copy of the model")
     opaque: dict[str, str] = {}
     while True:
-        tracer = _Tracer(model, opaque)
+        tracer = _Tracer(model, opaque, method)
         try:
             return tracer.run(tuple(args), kwargs)
         except Exception as error:
@@ -91,7 +99,7 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
 class _Tracer(TracerBase):
     """One attempt at a capture. ``failed`` is the path of the innermost module in which it failed ("": the model)."""
 
-    def __init__(self, model: torch.nn.Module, opaque: dict[str, str]) -> None:
+    def __init__(self, model: torch.nn.Module, opaque: dict[str, str], method: str) -> None:
         super().__init__()
         self.graph = torch.fx.Graph()
         self.scope = Scope("", None)
@@ -102,6 +110,7 @@ class _Tracer(TracerBase):
         self.asking = False
         self.refused: UntraceableError | None = None
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._method = method
         self._model = model
         self._opaque = opaque
         self._modules = dict(model.named_modules())
@@ -123,13 +132,17 @@ class _Tracer(TracerBase):
         constants = {i: leaf for i, leaf in enumerate(leaves) if is_constant(leaf)}
         inputs = [leaf if i in constants else self._placeholder(i, leaf) for i, leaf in enumerate(leaves)]
         traced_args, traced_kwargs = unflatten(inputs, in_spec)
+        layout = layout_of((args, kwargs))
         with PythonRandomUntouched(), Watch(self), _Recorder(self):
-            result = self._mirror.root.forward(*traced_args, **traced_kwargs)
+            result = getattr(self._mirror.root, self._method)(*traced_args, **traced_kwargs)
         if self.refused is not None:  # the forward caught the exception
             raise self.refused
         if self.failure is not None:  # a submodule failed and the forward caught its exception
             raise self.failure
         self._mirror.check_containers()
+        touched = layout.touched((traced_args, traced_kwargs), inputs)
+        if touched is not None:
+            raise UntraceableError(f"{self._method} changes its arguments: {touched}")
         outputs, out_spec = flatten(result)
         self.graph.output(self.create_arg(outputs))
         self.graph.lint()
@@ -149,6 +162,7 @@ class _Tracer(TracerBase):
             measured=tuple(self._measured.values()),
             trained=tuple(p for p in self._model.parameters() if p.requires_grad),
             globals=tuple(self.globals.values()),
+            method=self._method,
         )
 
     def _check_none_escaped(self) -> None:
@@ -173,6 +187,8 @@ class _Tracer(TracerBase):
 
     def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._modules[path]
+        if not path and has_hooks(module):
+            raise UntraceableError(f"{self._method} calls the model itself, which has hooks")
         if path in self._opaque or is_leaf(module):
             self._called[path] = module
             result = self.create_proxy("call_module", path, args, kwargs)

@@ -51,4 +51,6 @@ _NOT_USERS = (
     "torchstage._ops.",
     "torchstage.markers.",
     "torchstage._structure.",
+    "torchstage._objects.",
+    "torchstage._memory.",
 )

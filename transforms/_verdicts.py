@@ -141,7 +141,10 @@ class Judge:
 
     def _judge_state(self, node: torch.fx.Node, effect: Effect) -> Verdict | None:
         if node.op == "placeholder":
-            return None if self._watched(input_position(node)) else Verdict(effect, Reason.INPUT)
+            if self._watched(input_position(node)):
+                return None
+            kind = node.meta.get("type")
+            return Verdict(effect, Reason.INPUT, f"a {kind.__qualname__}" if kind is not None else "")
         for name, tensor in self._own_state(node):
             if tensor.requires_grad or memory_of(tensor) in self._trained:
                 return Verdict(effect, Reason.TRAINED, f"`{name}`")
