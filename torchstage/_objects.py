@@ -9,21 +9,19 @@ Types that are registered with pytree are taken apart and put together as they w
 kind is a leaf of its own, which nobody looks into.
 """
 
-import argparse
 import collections
-import copyreg
-import enum
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable, Container, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.fx.proxy import Proxy
 from torch.utils import _pytree as pytree
+
+from torchstage._forms import CACHING, Form, form_of, root_of
 
 Shape = Any
 
@@ -107,7 +105,7 @@ class _Walk:
             return _CONTAINER, (kind, None), self._parts(tree)
         if kind is dict or kind is collections.OrderedDict:
             return _CONTAINER, (kind, tuple(tree)), self._parts(tree.values())
-        form = _form_of(kind)
+        form = form_of(kind)
         if form is None:
             return self._registered(tree, kind)
         if issubclass(form.base, tuple):
@@ -139,11 +137,11 @@ class _Walk:
             self._links += 1
             return _LINK, (self._numbers[id(target)][0], True), ()
         children, context = node.flatten_fn(tree)
-        # A TensorDict's own context is equal for any batch size, but a forward may read it.
-        size = tuple(tree.batch_size) if _root(kind) == "tensordict" else None
+        # The context of tensordict's types is equal for any batch size, but a forward may read it.
+        size = tuple(tree.batch_size) if root_of(kind) == "tensordict" else None
         return _REGISTERED, (kind, context, size), self._parts(children)
 
-    def _object(self, value: Any, form: "_Form") -> Shape:
+    def _object(self, value: Any, form: "Form") -> Shape:
         if id(value) in self._numbers:
             self._links += 1
             return _LINK, (self._numbers[id(value)][0], False), ()
@@ -161,7 +159,7 @@ class _Walk:
             return self._leaf(value)
         return shape
 
-    def _fields(self, value: Any, form: "_Form", number: int | None) -> Shape:
+    def _fields(self, value: Any, form: "Form", number: int | None) -> Shape:
         keys, items = form.items(value)
         names, fields = form.fields(value)
         self._depth += number is not None
@@ -198,7 +196,7 @@ def _build(shape: Shape, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
 def _touched(shape: Shape, tree: Any, leaves: Iterator[Any], owner: type | None) -> str | None:
     if shape is LEAF:
         before = next(leaves)
-        filled = before is None and owner is not None and _root(owner) in _CACHING
+        filled = before is None and owner is not None and root_of(owner) in CACHING
         return None if before is tree or filled else f"a value was replaced by a {type(tree).__name__}"
     tag, what, parts = shape
     if tag is _LINK:
@@ -232,92 +230,6 @@ def _touched(shape: Shape, tree: Any, leaves: Iterator[Any], owner: type | None)
     return None
 
 
-class _Form(NamedTuple):
-    """How objects of one type are opened: ``base`` holds their items, if any, the rest are fields and slots."""
-
-    kind: type
-    base: Any
-    slots: tuple[str, ...]
-
-    def items(self, value: Any) -> tuple[tuple[Any, ...], list[Any]]:
-        if issubclass(self.base, dict):
-            return tuple(self.base.keys(value)), list(self.base.values(value))
-        if issubclass(self.base, (list, tuple)):
-            items = list(self.base.__iter__(value))
-            return tuple(range(len(items))), items
-        return (), []
-
-    def put_items(self, value: Any, keys: tuple[Any, ...], values: list[Any]) -> None:
-        for key, item in zip(keys, values, strict=False):
-            if self.base is list:
-                list.append(value, item)
-            else:
-                self.base.__setitem__(value, key, item)
-
-    def fields(self, value: Any) -> tuple[tuple[str, ...] | None, list[Any]]:
-        """Return the names and values of the fields; no names for a dict whose items are its attributes."""
-        own = _own_dict(value)
-        if own is value:
-            return None, []
-        names = [name for name in own if name not in _DROPPED or _root(self.kind) not in _CACHING]
-        slots = [name for name in self.slots if hasattr(value, name)]
-        return (*names, *slots), [*[own[name] for name in names], *[getattr(value, name) for name in slots]]
-
-    def fill(self, value: Any, names: tuple[str, ...] | None, values: list[Any]) -> Any:
-        if names is None:
-            object.__setattr__(value, "__dict__", value)
-            return value
-        own = _own_dict(value)
-        for name, field in zip(names, values, strict=True):
-            if name in self.slots:
-                object.__setattr__(value, name, field)
-            else:
-                own[name] = field
-        return value
-
-    def is_cache(self, name: str) -> bool:
-        """Whether a field that was set for the first time is a cache of what other fields say."""
-        cached = isinstance(getattr(self.kind, name, None), functools.cached_property)
-        return cached or _root(self.kind) in _CACHING
-
-
-def _form_of(kind: type) -> _Form | None:
-    """Return how objects of type ``kind`` are opened, or None if they are not."""
-    if kind not in _forms:
-        if len(_forms) > _MOST_FORMS:
-            _forms.clear()
-        _forms[kind] = _make_form(kind)
-    return _forms[kind]
-
-
-def _make_form(kind: Any) -> _Form | None:
-    if kind in pytree.SUPPORTED_NODES and _root(kind) != "torchrec":  # whose registration drops strides and caches
-        return None
-    bases = [cls for cls in kind.__mro__ if not cls.__flags__ & _HEAP_TYPE and cls is not object]
-    base = bases[0] if bases else object
-    if base is tuple:  # registered with pytree are only direct children of tuple, so not `PackedSequence`
-        return _Form(kind, tuple, ()) if hasattr(kind, "_fields") else None
-    if bases not in ([], [dict], [list], [collections.OrderedDict, dict], [types.SimpleNamespace]):
-        return None
-    if issubclass(kind, _NEVER) or (_root(kind) in _LIBRARIES and kind not in _PLAIN) or hasattr(kind, "__del__"):
-        return None
-    if _root(kind) not in _KNOWN and kind not in _PLAIN and any(_is_special(kind, name) for name in _COPYING):
-        return None  # its fields may not be all that there is to it
-    try:
-        base.__new__(kind)
-    except TypeError:  # some of its state is kept by code in C
-        return None
-    return _Form(kind, base, tuple(copyreg._slotnames(kind)))  # type: ignore[attr-defined]
-
-
-def _is_special(kind: type, name: str) -> bool:
-    method = getattr(kind, name, None)
-    plain = {getattr(base, name, None) for base in (object, dict, list, collections.OrderedDict, types.SimpleNamespace)}
-    if name == "__copy__":
-        plain.add(collections.UserDict.__copy__)
-    return method not in plain and getattr(method, "__module__", "") != "dataclasses"
-
-
 def _may_hold_objects(value: Any) -> bool:
     """Whether a leaf is code that may refer to the object that holds it."""
     if isinstance(value, types.FunctionType):
@@ -329,31 +241,9 @@ def _is_content(leaf: Any) -> bool:
     return isinstance(leaf, (torch.Tensor, np.ndarray, Proxy)) or (type(leaf) in (list, tuple) and bool(leaf))
 
 
-def _own_dict(value: Any) -> dict[str, Any]:
-    try:
-        return object.__getattribute__(value, "__dict__")  # type: ignore[no-any-return]
-    except AttributeError:
-        return {}
-
-
-def _root(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
-
-
 LEAF = 0
 _CONTAINER, _REGISTERED, _OBJECT, _LINK = 1, 2, 3, 4
-_LEAVES = frozenset([torch.Tensor, torch.nn.Parameter, np.ndarray, int, float, bool, str, bytes, type(None)])
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made, mostly
-_forms: dict[type, _Form | None] = {}
-_MOST_FORMS = 1000
-_MOST_OBJECTS = 1000
-_NEVER = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.DataLoader, enum.Enum, BaseException, type)
-_LIBRARIES = (sys.stdlib_module_names | {"torch", "torchstage", "numpy"}) - {"__main__"}
-_PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
-# Packages whose classes say how they are copied or pickled, and whose state is their fields all the same.
-_KNOWN = ("torchrec", "torch_geometric", "transformers")
-_CACHING = ("torchrec", "torch_geometric")
-_DROPPED = ("_cached_attr",)  # a cache of torch_geometric's, which its own copies drop too
-_COPYING = (
-    "__copy__ __deepcopy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __getnewargs__ __getnewargs_ex__".split()
+_LEAVES = frozenset(
+    [torch.Tensor, torch.nn.Parameter, np.ndarray, int, float, bool, str, bytes, type(None), torch.Size, torch.device]
 )
+_MOST_OBJECTS = 1000

@@ -129,7 +129,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def is_constant(leaf: object) -> bool:
     """Whether ``leaf`` is compared by value and fixed at capture: it steers a forward rather than feeding it."""
-    return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device, enum.Enum))
+    return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum))
 
 
 def is_tracked(leaf: object) -> bool:

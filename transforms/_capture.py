@@ -190,6 +190,9 @@ class _Tracer(TracerBase):
         if not path and has_hooks(module):
             raise UntraceableError(f"{self._method} calls the model itself, which has hooks")
         if path in self._opaque or is_leaf(module):
+            if not _is_torchs(module) and _holds_mutable((*args, *kwargs.values())):
+                # What it changes in its copy would be missing in the caller's.
+                raise UntraceableError(f"{path} is called as a whole with a container, which it may change")
             self._called[path] = module
             result = self.create_proxy("call_module", path, args, kwargs)
             result.node.meta["module"] = module
@@ -299,6 +302,23 @@ def is_leaf(module: torch.nn.Module) -> bool:
         return True
     home = type(module).__module__
     return home.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, torch.nn.Sequential)
+
+
+def _is_torchs(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs only code of torch's, which leaves its arguments as they are."""
+    home = type(module).__module__
+    return not has_hooks(module) and "forward" not in vars(module) and home.startswith(("torch.nn.", "torch.jit."))
+
+
+def _holds_mutable(arguments: Sequence[Any]) -> bool:
+    """Whether one of the arguments is a container that can be changed; a value of the graph is none."""
+    for value in arguments:
+        if type(value) is tuple:
+            if _holds_mutable(value):
+                return True
+        elif type(value) is not Value and not is_constant(value) and not isinstance(value, (torch.Tensor, int, float)):
+            return True
+    return False
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
