@@ -120,7 +120,9 @@ def _own_dict(value: Any) -> dict[str, Any]:
 
 
 def root_of(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+    """Return the package that a type is of: of a class made by a metaclass in ``abc``, that of its first own base."""
+    roots = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
+    return next((root for root in roots if root not in sys.stdlib_module_names or root == "__main__"), roots[0])
 
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made, mostly

@@ -32,13 +32,15 @@ class Structure:
     Attributes:
         shape: nested tuples ``(tag, what it is, parts)``; `LEAF` for a leaf.
         num_leaves: how many leaves the tree has.
+        is_plain: whether its containers are but dicts, lists and tuples.
     """
 
-    __slots__ = ("num_leaves", "shape")
+    __slots__ = ("is_plain", "num_leaves", "shape")
 
-    def __init__(self, shape: Shape, num_leaves: int) -> None:
+    def __init__(self, shape: Shape, num_leaves: int, is_plain: bool) -> None:
         self.shape = shape
         self.num_leaves = num_leaves
+        self.is_plain = is_plain
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Structure):
@@ -77,7 +79,7 @@ def open_tree(tree: Any, known: Container[int], is_leaf: Callable[[Any], bool]) 
     except (_StayWholeError, RecursionError):
         walk = _Walk(known, is_leaf, opens=False)
         shape = walk.shape_of(tree)
-    return walk.leaves, Structure(shape, len(walk.leaves))
+    return walk.leaves, Structure(shape, len(walk.leaves), walk.is_plain)
 
 
 class _StayWholeError(Exception):
@@ -87,6 +89,7 @@ class _StayWholeError(Exception):
 class _Walk:
     def __init__(self, known: Container[int], is_leaf: Callable[[Any], bool], *, opens: bool) -> None:
         self.leaves: list[Any] = []
+        self.is_plain = True
         self._known = known
         self._is_leaf = is_leaf
         self._opens = opens
@@ -104,6 +107,7 @@ class _Walk:
                 return self._leaf(tree)
             return _CONTAINER, (kind, None), self._parts(tree)
         if kind is dict or kind is collections.OrderedDict:
+            self.is_plain = self.is_plain and kind is dict
             return _CONTAINER, (kind, tuple(tree)), self._parts(tree.values())
         form = form_of(kind)
         if form is None:
@@ -136,6 +140,7 @@ class _Walk:
                 return self._leaf(tree)
             self._links += 1
             return _LINK, (self._numbers[id(target)][0], True), ()
+        self.is_plain = False
         children, context = node.flatten_fn(tree)
         # The context of tensordict's types is equal for any batch size, but a forward may read it.
         size = tuple(tree.batch_size) if root_of(kind) == "tensordict" else None
@@ -160,6 +165,7 @@ class _Walk:
         return shape
 
     def _fields(self, value: Any, form: "Form", number: int | None) -> Shape:
+        self.is_plain = False
         keys, items = form.items(value)
         names, fields = form.fields(value)
         self._depth += number is not None

@@ -73,12 +73,18 @@ def flatten(tree: object, known: Container[int] = ()) -> tuple[list[Any], TreeSp
     leaves: list[Any] = []
     shape = _walk(tree, leaves, known)
     if shape is None:
-        return open_tree(tree, known, is_text)
+        leaves, structure = open_tree(tree, known, is_text)
+        if not structure.is_plain:
+            return leaves, structure
+        shape = structure.shape  # unusual leaves in plain containers
     spec = _specs.get(shape)
     if spec is None:
         if len(_specs) > _MOST_SPECS:
             _specs.clear()
-        spec = _specs[shape] = pytree.tree_flatten(tree, is_leaf=lambda value: id(value) in known or is_text(value))[1]
+        containers = (dict, list, tuple)
+        spec = _specs[shape] = pytree.tree_flatten(
+            tree, is_leaf=lambda value: type(value) not in containers or id(value) in known or is_text(value)
+        )[1]
     return leaves, spec
 
 
