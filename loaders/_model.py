@@ -44,37 +44,47 @@ class StagedModel:
 
 
 class Core:
-    """What a staged model knows besides its model: the tickets of all loaders that feed it."""
+    """What a staged model knows about one of its methods: the tickets of all loaders that feed it.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: the user's own model.
+        method: the method that recognises staged batches.
+
+    Raises:
+        OptionError: the model has no such method.
+    """
+
+    def __init__(self, model: torch.nn.Module, method: str = "forward") -> None:
         self.model = model
+        self.method = method
         self.registry = Registry()
         self.unstaged: collections.Counter[str] = collections.Counter()
         self.stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
-        self._binder = Binder(model, None)
+        self._binder = Binder(model, None, method)
         self._warned = False
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one forward: on staged values where they may be used, else the original."""
+        plain = getattr(self.model, self.method)
         call = args, kwargs
         if kwargs:
             try:
                 call = self._binder.canonical(args, kwargs)
             except BindingError:
-                return self.model.forward(*args, **kwargs)  # raises the error that Python has for such a call
+                return plain(*args, **kwargs)  # raises the error that Python has for such a call
         leaves, spec = flatten(call, self.registry.texts)
         ticket = self.registry.find(leaves)
         if ticket is None:
             self._note_unstaged()
-            return self.model.forward(*args, **kwargs)
+            return plain(*args, **kwargs)
         try:
             refused = ticket.refuse(leaves, spec)
             if refused is not None:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
-                return ticket.owner.run_original(ticket, call)
+                return ticket.owner.run_original(ticket, call, leaves, spec)
             ticket.owner.recorder.step()
             result = ticket.run(leaves, call)
-            ticket.owner.ran(ticket, call)
+            ticket.owner.ran(ticket, leaves, spec)
             return result
         finally:
             ticket.used()
@@ -92,57 +102,70 @@ class Core:
                 "the original forward ran. Pass the loader's own tensors (not .to() copies or slices of them); "
                 'stats.fallbacks counts such calls as "raw batch".',
                 FallbackWarning,
-                stacklevel=6,
+                stacklevel=6 if self.method == "forward" else 4,
             )
 
 
-def stage_model(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the staged model of ``model``; ``model`` itself if it is one."""
-    if isinstance(model, StagedModel):
-        return model
-    staged = object.__new__(_staged_class(type(model)))
-    object.__setattr__(staged, "__dict__", model.__dict__)
-    object.__setattr__(staged, _CORE, Core(model))
-    return staged  # type: ignore[no-any-return]
+def stage_model(model: torch.nn.Module, method: str = "forward") -> torch.nn.Module:
+    """Return the staged model of ``model``, or ``model`` itself if it is one, whose ``method`` recognises staged batches.
+
+    Raises:
+        OptionError: the model has no such method.
+    """
+    if not isinstance(model, StagedModel):
+        core = Core(model, method)
+        staged: Any = object.__new__(_staged_class(type(model)))
+        object.__setattr__(staged, "__dict__", model.__dict__)
+        object.__setattr__(staged, _CORES, {method: core})
+        model = staged
+    cores = object.__getattribute__(model, _CORES)
+    if method not in cores:
+        cores[method] = Core(unwrap(model), method)
+    kind: Any = type(model)  # this staged model's own
+    if method not in vars(kind):
+        setattr(kind, method, _Entry(inspect.getattr_static(kind, method), method))
+    return model
 
 
-def core_of(staged: Any) -> Core:
-    """Return the core of a staged model."""
-    return object.__getattribute__(staged, _CORE)  # type: ignore[no-any-return]
+def core_of(staged: Any, method: str = "forward") -> Core:
+    """Return the core of a staged model for a method that was staged."""
+    return object.__getattribute__(staged, _CORES)[method]  # type: ignore[no-any-return]
 
 
 def unwrap(model: Any) -> torch.nn.Module:
     """Return the user's own model of a staged one; ``model`` itself if it is none."""
-    return core_of(model).model if isinstance(model, StagedModel) else model
+    if not isinstance(model, StagedModel):
+        return model  # type: ignore[no-any-return]
+    cores: dict[str, Core] = object.__getattribute__(model, _CORES)
+    return next(iter(cores.values())).model
 
 
-class _Forward:
-    """The ``forward`` of staged classes: a data descriptor, so that it wins over a forward set on the instance."""
+class _Entry:
+    """The staged method of a staged class: a data descriptor, so that it wins over one that is set on the instance."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, method: str) -> None:
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return core_of(self).forward(args, kwargs)
+            return core_of(self, method).forward(args, kwargs)
 
+        self._method = method
         self._forward = forward
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self._forward if instance is None else types.MethodType(self._forward, instance)
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__["forward"] = value
+        instance.__dict__[self._method] = value
 
 
 def _staged_class(base: type) -> Any:
-    original = inspect.getattr_static(base, "forward", torch.nn.Module.forward)
     names = {
-        "__slots__": (_CORE,),
+        "__slots__": (_CORES,),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "forward": _Forward(original),
     }
     return type(base.__name__, (StagedModel, base), names)
 
 
-_CORE = "_torchstage_core"
+_CORES = "_torchstage_cores"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from torchstage._memory import share_memory
 from torchstage._mode import Mode
-from torchstage._structure import TreeSpec, is_tracked, memory_of
+from torchstage._structure import TreeSpec, is_tracked
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.loaders._policy import Policy
@@ -20,6 +21,7 @@ from torchstage.stats import Recorder
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._lift import Ahead
+from torchstage.transforms._verdicts import input_position
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,6 +34,7 @@ class Parts(abc.ABC):
         inputs: the positions of the leaves that are read ahead.
         reads: the model's tensors that the stage reads, with their names.
         sites: the lookups whose rows are gathered ahead.
+        unused: the positions of the leaves that nothing depends on, such as the number of the batch.
         once: whether what was staged for a batch serves a single forward.
 
     Args:
@@ -64,6 +67,7 @@ class Parts(abc.ABC):
         self.inputs = tuple(sorted({*ahead.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
         effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
         self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
+        self.unused = _unused_numbers(capture)
         self._constants = capture.constants
         self._policy = Policy(options.lookups, lag)
         self._leaf_count = capture.in_spec.num_leaves
@@ -75,10 +79,8 @@ class Parts(abc.ABC):
         """Say why a call with these leaves is not the one that was captured, or None."""
         if len(leaves) != self._leaf_count or spec != self.in_spec:
             return "the arguments have another structure than at capture"
-        if self._writes:
-            memories = [memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            if len(set(memories)) < len(memories):
-                return "parts of the batch share memory and the forward writes in place"
+        if self._writes and share_memory(leaves):
+            return "parts of the batch share memory and the forward writes in place"
         for position, value in self._constants.items():
             leaf = leaves[position]
             if type(leaf) is not type(value) or leaf != value:
@@ -152,6 +154,13 @@ class Parts(abc.ABC):
                 if message is not None:
                     raise type(error)(message) from error
             raise
+
+
+def _unused_numbers(capture: Capture) -> frozenset[int]:
+    decided = capture.decisions.positions() if capture.decisions is not None else frozenset()
+    inputs = [node for node in capture.graph.nodes if node.op == "placeholder" and not node.users]
+    numbers = frozenset(input_position(node) for node in inputs if node.meta.get("type") in (int, float))
+    return numbers - decided
 
 
 def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[str, torch.Tensor], ...]:

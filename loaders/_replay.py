@@ -6,6 +6,7 @@ same objects, unwritten since, gets the result that is already there. All else i
 does, the numbers are those of the plain forward; a call that does not turn up again was made in vain, nothing more.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.fx
 from torch.overrides import TorchFunctionMode
 
+from torchstage._memory import memory_of, version_of
 from torchstage._mode import Ambient, Mode
-from torchstage._structure import flatten, memory_of
+from torchstage._structure import flatten
 from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
 from torchstage.options import SmartStageOptions
@@ -85,13 +87,13 @@ class ReplayParts(Parts):
         return self._script.varying()
 
 
-def record(model: torch.nn.Module, forward: Callable[..., Any], call: Call) -> tuple[Any, Capture]:
-    """Run ``forward`` as it is, and return its result and what was recorded."""
+def record(model: torch.nn.Module, method: str, call: Call) -> tuple[Any, Capture]:
+    """Run a method of ``model`` as it is, and return its result and what was recorded."""
     args, kwargs = call
     recording = Recording(model, *flatten(call))
     with recording:
-        result = forward(*args, **kwargs)
-    return result, recording.capture(result)
+        result = getattr(model, method)(*args, **kwargs)
+    return result, dataclasses.replace(recording.capture(result), method=method)
 
 
 class _Sparing(torch.fx.Interpreter):
@@ -167,7 +169,7 @@ class _Replaying(TorchFunctionMode):
         if values:
             self._now.update({node: values[position] for node, position in script.values})
         held = [tensor for value in self._now.values() for tensor in _tensors_in(value)]
-        self._versions = {id(tensor): tensor._version for tensor in held if not tensor.is_inference()}
+        self._versions = {id(tensor): version_of(tensor) for tensor in held if not tensor.is_inference()}
         self._left = sum(map(len, self._entries.values()))
         self._escaped: set[object] = set()
 
@@ -205,7 +207,7 @@ class _Replaying(TorchFunctionMode):
             return False
         for value in held:
             for tensor in _tensors_in(value):
-                if self._versions.get(id(tensor)) != tensor._version:
+                if self._versions.get(id(tensor)) != version_of(tensor):
                     return False
                 if self._escaped and memory_of(tensor) in self._escaped:
                     return False

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from torchstage._memory import is_alone, parts_of
 from torchstage._structure import flatten, hand_out, is_constant, is_tracked, unflatten
 from torchstage.errors import BatchOverwrittenError
 
@@ -41,9 +42,10 @@ class Batch(NamedTuple):
             BatchOverwrittenError: with the batch's index and the way out.
         """
         for tensor, version in self.versions:
-            if tensor._version != version and _is_alone(tensor):
+            if tensor._version != version and is_alone(tensor):
+                kind = "nested tensor" if tensor.is_nested else f"tensor of shape {list(tensor.shape)}"
                 raise BatchOverwrittenError(
-                    f"the loader wrote into batch {index} (a tensor of shape {list(tensor.shape)}) while it was waiting for "
+                    f"the loader wrote into batch {index} (a {kind}) while it was waiting for "
                     "its step. Let the loader make new tensors for each batch, or yield copies."
                 )
 
@@ -115,7 +117,8 @@ class Source:
 
     def _watch(self, leaves: list[Any]) -> None:
         """Look whether memory of a batch that is watched comes again; then all batches are copied from here on."""
-        addresses = {address: leaf for leaf in leaves if (address := _address(leaf)) is not None}
+        parts = [part for leaf in leaves for part in (parts_of(leaf) if isinstance(leaf, torch.Tensor) else [leaf])]
+        addresses = {address: part for part in parts if (address := _address(part)) is not None}
         if any(address in seen and seen[address].alive() for seen in self._recent for address in addresses):
             self._copying = True
         if self._copying or self._probation == 1:  # nothing to watch for any more
@@ -130,16 +133,11 @@ def _versions_in(leaves: list[Any]) -> Iterator[tuple[torch.Tensor, int]]:
         if isinstance(leaf, torch.Tensor):
             if not leaf.is_inference():
                 yield leaf, leaf._version
+                if type(leaf) is not torch.Tensor:  # a write to the offsets of a nested one shows in those alone
+                    yield from ((part, part._version) for part in parts_of(leaf) if part is not leaf)
         elif not is_tracked(leaf) and not is_constant(leaf):
             fields = leaf.values() if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {}).values()
             yield from _versions_in([field for field in fields if isinstance(field, torch.Tensor)])
-
-
-def _is_alone(tensor: torch.Tensor) -> bool:
-    """Whether no other tensor can share its memory: the version of a slice moves when a neighbour is written."""
-    if tensor.layout is not torch.strided:
-        return True
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def _hand_out_all(leaves: list[Any], copy: bool) -> list[Any]:
@@ -157,7 +155,7 @@ def _copy_neighbours(leaves: list[Any]) -> dict[int, torch.Tensor]:
     """Copy tensors that share a storage, by the stretch of it that they cover together; by the id of the original."""
     groups: dict[int, dict[int, torch.Tensor]] = {}
     for leaf in leaves:
-        if type(leaf) is torch.Tensor and leaf.layout is torch.strided and leaf.numel() and not leaf.requires_grad:
+        if _is_dense(leaf) and leaf.numel() and not leaf.requires_grad:
             groups.setdefault(leaf.untyped_storage()._cdata, {})[id(leaf)] = leaf
     copies: dict[int, torch.Tensor] = {}
     for group in groups.values():
@@ -173,6 +171,10 @@ def _copy_neighbours(leaves: list[Any]) -> dict[int, torch.Tensor]:
                 empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 copies[key] = empty.set_(memory, offset, tensor.shape, tensor.stride())
     return copies
+
+
+def _is_dense(leaf: Any) -> bool:
+    return type(leaf) is torch.Tensor and leaf.layout is torch.strided and not leaf.is_nested
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -36,10 +36,12 @@ class StagedDataLoader:
         options: see `SmartStageOptions`; single ones can be given by keyword.
         inputs: maps a batch to ``(args, kwargs)`` of forward. By default a mapping binds by the names of forward's
             parameters, a tuple or list by its leading elements, anything else is the only argument.
+        method: the method of the model that a training step calls with the batch, where it is not ``forward`` (by calling
+            the model): ``"calculate_loss"``, ``"training_step"``. That method of the staged model recognises the batches.
 
     Raises:
         TypeError: ``loader`` is not iterable or already staged, or ``model`` is no module.
-        OptionError: an option is out of range.
+        OptionError: an option is out of range, or the model has no such method.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class StagedDataLoader:
         options: SmartStageOptions | None = None,
         *,
         inputs: Inputs | None = None,
+        method: str = "forward",
         **overrides: Any,
     ) -> None:
         _check_loader(loader)
@@ -62,14 +65,15 @@ class StagedDataLoader:
         recorder = Recorder(name)
         stager = None
         self._staged_model = None
+        self._method = method
         use_pool = self._options.use_stage_subgraph_thread_pool
         pool = get_stage_thread_pool(self._options.stage_subgraph_thread_pool_id) if use_pool else None
         if model is not None:
             plain = unwrap(model)
-            _check_graph(self._options.graph, plain)
-            self._staged_model = stage_model(model)
-            stager = Stager(plain, self._options, Binder(plain, inputs), pool, recorder)
-            core_of(self._staged_model).stagers.add(stager)
+            _check_graph(self._options.graph, plain, method)
+            self._staged_model = stage_model(model, method)
+            stager = Stager(plain, self._options, Binder(plain, inputs, method), pool, recorder)
+            core_of(self._staged_model, method).stagers.add(stager)
         tuner = Tuner(self._options, Feed(self._options, loader, name)) if self._options.tuned else None
         self._shared = _Shared(loader, self._options, recorder, stager, tuner)
         weakref.finalize(self, self._shared.stop)
@@ -96,7 +100,7 @@ class StagedDataLoader:
     @property
     def stats(self) -> Stats:
         """A snapshot of what was measured so far; ``print(loader.stats)`` says how to read it."""
-        unstaged = core_of(self._staged_model).unstaged if self._staged_model is not None else {}
+        unstaged = core_of(self._staged_model, self._method).unstaged if self._staged_model is not None else {}
         tuner = self._shared.tuner
         return self._shared.recorder.snapshot(unstaged, tuner.figures() if tuner is not None else None)
 
@@ -166,7 +170,8 @@ class StagedIterator:
             raise
         if item.bound is not None:
             leaves = item.batch.leaves
-            core_of(self._loader.staged_model).registry.add(*item.bound, leaves, self._loader.options.num_clients)
+            core = core_of(self._loader.staged_model, self._loader._method)
+            core.registry.add(*item.bound, leaves, self._loader.options.num_clients)
         return item.batch.value
 
     def close(self) -> None:
@@ -306,9 +311,13 @@ def _check_loader(loader: Any) -> None:
         )
 
 
-def _check_graph(graph: torch.fx.GraphModule | None, model: torch.nn.Module) -> None:
+def _check_graph(graph: torch.fx.GraphModule | None, model: torch.nn.Module, method: str) -> None:
     if graph is None:
         return
+    if method != "forward":
+        raise OptionError(
+            f"graph is a graph of forward, so it does not go with method={method!r}. Leave out one of them."
+        )
     own = {id(parameter) for parameter in model.parameters()}
     for name, parameter in graph.named_parameters():
         if id(parameter) not in own:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchstage._memory import has_unseen_writes
 from torchstage._mode import Ambient, Mode
-from torchstage._structure import flatten, is_tracked
+from torchstage._structure import TreeSpec, flatten, is_tracked, unflatten
 from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning, FallbackWarning
 from torchstage.loaders._graphs import ANOTHER_WAY
@@ -119,6 +120,8 @@ class Stager:
         if staging.parts is None:
             return Bound(Ticket(self, staging, leaves, spec, RECORDED), leaves)
         flaw = staging.parts.misfit(leaves, spec)
+        if flaw is None and has_unseen_writes(batch.leaves):
+            flaw = "a sparse tensor of the batch shares memory with another part, whose writes it does not show"
         ticket = Ticket(self, staging, leaves, spec, flaw)
         if flaw is None:
             ticket.fill(staging.parts, leaves)
@@ -153,13 +156,16 @@ class Stager:
                 self._adapt(ticket.staging, reason, about, call)
         self.recorder.emit(stacklevel=6)
 
-    def run_original(self, ticket: Ticket, call: Call) -> Any:
-        """Run the original forward for a ticket that was refused, and record it where that is wanted."""
+    def run_original(self, ticket: Ticket, call: Call, leaves: list[Any], spec: TreeSpec) -> Any:
+        """Run the original forward for a ticket that was refused, and record it where that is wanted.
+
+        It may change the call's containers, so what is planned afterwards is planned from the leaves.
+        """
         lock, (args, kwargs) = ticket.staging.recording, call
         if lock is None or ticket.staging is not self._current or not lock.acquire(blocking=False):
-            return self._model.forward(*args, **kwargs)
+            return getattr(self._model, self._binder.method)(*args, **kwargs)
         try:
-            result, captured = record(self._model, self._model.forward, call)
+            result, captured = record(self._model, self._binder.method, call)
         except BaseException:
             lock.release()
             raise
@@ -167,11 +173,11 @@ class Stager:
             if ticket.staging is self._current:
                 mode = ticket.staging.mode
                 self._captures[mode] = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
-                self._current = self._replan(mode, self._captures[mode], call)
+                self._current = self._replan(mode, self._captures[mode], unflatten(leaves, spec))
         self.recorder.emit(stacklevel=6)
         return result
 
-    def ran(self, ticket: Ticket, call: Call) -> None:
+    def ran(self, ticket: Ticket, leaves: list[Any], spec: TreeSpec) -> None:
         """Note that a step ran on what was staged for it."""
         parts = ticket.staging.parts
         varying = parts.varying() if isinstance(parts, ReplayParts) else ()
@@ -182,7 +188,7 @@ class Stager:
             if ticket.staging is self._current and isinstance(captured, Capture):
                 captured = dataclasses.replace(captured, varying=captured.varying.union(varying))
                 self._captures[ticket.staging.mode] = captured
-                self._current = self._replan(ticket.staging.mode, captured, call)
+                self._current = self._replan(ticket.staging.mode, captured, unflatten(leaves, spec))
         self.recorder.emit(stacklevel=6)
 
     def _adapt(self, staging: Staging, reason: str, about: Any, call: Call) -> None:
@@ -261,7 +267,7 @@ class Stager:
         if self._options.graph is not None and self._model.training == self._graph_training:
             source = self._options.graph
         try:
-            return capture(source, *call)
+            return capture(source, *call, method=self._binder.method)
         except UntraceableError as error:
             return str(error)
 

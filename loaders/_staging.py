@@ -74,7 +74,9 @@ def make_staging(
         # A recording sees what a submodule does that a graph has to call as a whole.
         return Staging(mode, modules, plan, None, _recording(model) if capture.opaque else None)
     if capture.rung == "recorded":
-        return Staging(mode, modules, plan, ReplayParts(model.forward, capture, plan, mode, options, recorder))
+        return Staging(
+            mode, modules, plan, ReplayParts(getattr(model, capture.method), capture, plan, mode, options, recorder)
+        )
     return Staging(mode, modules, plan, GraphParts(model, capture, plan, mode, pool, options, recorder))
 
 

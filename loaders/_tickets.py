@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from torchstage._memory import memories_of, version_of
 from torchstage._mode import Mode
-from torchstage._structure import Snapshot, TreeSpec, is_text_leaf, memory_of
+from torchstage._structure import Snapshot, TreeSpec, is_text_leaf
 from torchstage.loaders._feed import bytes_of
 from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
@@ -46,7 +47,7 @@ class Ticket:
         self._versions: list[tuple[str, torch.Tensor, Any]] = []
         self._values: list[Any] = []
         self._rows: list[Rows] = []
-        self._value_versions: list[tuple[torch.Tensor, int]] = []
+        self._value_versions: list[tuple[torch.Tensor, Any]] = []
         self._given: set[object] = set()
         self._fragile = False
 
@@ -56,8 +57,8 @@ class Ticket:
         self._versions = [(name, tensor, _state_of(tensor)) for name, tensor in parts.reads]
         self._values = parts.run_stage(leaves)
         self._rows = parts.gather(leaves, self._values)
-        self._value_versions = [(v, v._version) for v in self._values if isinstance(v, torch.Tensor)]
-        self._given = {memory_of(value) for value, _ in self._value_versions}
+        self._value_versions = [(v, version_of(v)) for v in self._values if isinstance(v, torch.Tensor)]
+        self._given = {memory for value, _ in self._value_versions for memory in memories_of(value)}
         self._fragile = not all(isinstance(value, _LASTING) for value in self._values)
 
     @property
@@ -84,7 +85,7 @@ class Ticket:
             if tensor.requires_grad or _state_of(tensor) != version:
                 return "frozen state changed", name
         for value, version in self._value_versions:
-            if value._version != version:
+            if version_of(value) != version:
                 return "staged value written", None
         parts = self.staging.parts
         broken = parts.changed() if parts is not None else "nothing staged"
@@ -99,7 +100,7 @@ class Ticket:
         if (
             parts.once
             or self._fragile
-            or any(isinstance(leaf, torch.Tensor) and memory_of(leaf) in self._given for leaf in given)
+            or any(isinstance(leaf, torch.Tensor) and not self._given.isdisjoint(memories_of(leaf)) for leaf in given)
         ):
             self.flaw = "staged value given away by an earlier call"
         return result
@@ -119,9 +120,13 @@ class Ticket:
     def _is_mine(self, leaves: Sequence[Any]) -> bool:
         if len(leaves) != len(self._leaves):
             return False
-        for leaf, mine, weak in zip(leaves, self._leaves, self._weak, strict=True):
+        for position, (leaf, mine, weak) in enumerate(zip(leaves, self._leaves, self._weak, strict=True)):
             known = mine() if weak else mine
-            if known is not leaf and (identifies(leaf) or type(known) is not type(leaf) or known != leaf):
+            if known is leaf:
+                continue
+            if identifies(leaf) or type(known) is not type(leaf):
+                return False
+            if known != leaf and not (self.staging.parts is not None and position in self.staging.parts.unused):
                 return False
         return True
 

@@ -23,6 +23,7 @@ def smart_stage(
     options: SmartStageOptions | None = None,
     *,
     inputs: Inputs | None = None,
+    method: str = "forward",
     **overrides: Any,
 ) -> Staged:
     """Run the part of ``model.forward`` that needs only the batch ahead of the training loop, in the background.
@@ -32,6 +33,8 @@ def smart_stage(
         loader: any iterable of batches.
         options: see `SmartStageOptions`.
         inputs: maps a batch to ``(args, kwargs)`` of forward; see `StagedDataLoader` for what happens without it.
+        method: the method that a training step calls with the batch, if it is not ``forward``, such as
+            ``"calculate_loss"``. Only that method of the staged model is staged; its forward is the plain one.
         **overrides: single options by keyword, such as ``num_threads=2``.
 
     Returns:
@@ -40,12 +43,12 @@ def smart_stage(
 
     Raises:
         TypeError: ``model`` is no module, or ``loader`` is not iterable or already staged.
-        OptionError: an option is unknown or out of range.
+        OptionError: an option is unknown or out of range, or the model has no such method.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module. Found: {type(model).__name__}. The order is smart_stage(model, loader)."
         )
-    staged = StagedDataLoader(loader, model, options, inputs=inputs, **overrides)
+    staged = StagedDataLoader(loader, model, options, inputs=inputs, method=method, **overrides)
     assert staged.staged_model is not None
     return Staged(staged.staged_model, staged)

@@ -1,18 +1,40 @@
 """The one place that knows what a batch is made of: containers and leaves.
 
-Containers are what pytree knows: dicts, lists, tuples, named tuples and registered types. A list or tuple of text is one
-leaf, a column, since the number of its rows is data and not structure; a list of columns is a container again.
+Containers are what pytree knows (dicts, lists, tuples, named tuples and registered types) and objects that are no more
+than their fields (`torchstage._objects`). A list or tuple of text is one leaf, a column, since the number of its rows is
+data and not structure; a list of columns is a container again.
 """
 
+import enum
 from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-TreeSpec = pytree.TreeSpec
+from torchstage._memory import copy_tensor, has_default_behaviour, memory_of, version_of
+from torchstage._objects import Structure, open_tree
+
+__all__ = [
+    "Snapshot",
+    "Structure",
+    "TreeSpec",
+    "describe",
+    "flatten",
+    "hand_out",
+    "is_constant",
+    "is_text",
+    "is_text_leaf",
+    "is_tracked",
+    "layout_of",
+    "map_leaves",
+    "memory_of",
+    "unflatten",
+]
+
+TreeSpec = pytree.TreeSpec | Structure
 
 
 def is_text(value: object) -> bool:
@@ -51,12 +73,18 @@ def flatten(tree: object, known: Container[int] = ()) -> tuple[list[Any], TreeSp
     leaves: list[Any] = []
     shape = _walk(tree, leaves, known)
     if shape is None:
-        return pytree.tree_flatten(tree, is_leaf=lambda value: id(value) in known or is_text(value))
+        leaves, structure = open_tree(tree, known, is_text)
+        if not structure.is_plain:
+            return leaves, structure
+        shape = structure.shape  # unusual leaves in plain containers
     spec = _specs.get(shape)
     if spec is None:
         if len(_specs) > _MOST_SPECS:
             _specs.clear()
-        spec = _specs[shape] = pytree.tree_flatten(tree, is_leaf=lambda value: id(value) in known or is_text(value))[1]
+        containers = (dict, list, tuple)
+        spec = _specs[shape] = pytree.tree_flatten(
+            tree, is_leaf=lambda value: type(value) not in containers or id(value) in known or is_text(value)
+        )[1]
     return leaves, spec
 
 
@@ -84,12 +112,19 @@ def _walk(tree: Any, leaves: list[Any], known: Container[int]) -> Any:
 _LEAF = 0
 _MOST_SPECS = 1000
 _PLAIN_LEAVES = frozenset([torch.Tensor, torch.nn.Parameter, np.ndarray, int, float, bool, str, bytes, type(None)])
-_specs: dict[Any, TreeSpec] = {}
+_specs: dict[Any, pytree.TreeSpec] = {}
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:
     """Undo `flatten`."""
+    if isinstance(spec, Structure):
+        return spec.build(leaves)
     return pytree.tree_unflatten(leaves, spec)
+
+
+def layout_of(tree: Any) -> Structure:
+    """Return the structure of ``tree`` in the form that tells whether a tree of it was `touched`."""
+    return open_tree(tree, (), is_text)[1]
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -100,21 +135,15 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def is_constant(leaf: object) -> bool:
     """Whether ``leaf`` is compared by value and fixed at capture: it steers a forward rather than feeding it."""
-    return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device))
+    return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum))
 
 
 def is_tracked(leaf: object) -> bool:
     """Whether a change of ``leaf`` after it was handed out can be noticed (see `Snapshot`)."""
     if isinstance(leaf, torch.Tensor):
-        return not leaf.is_inference()  # those have no version counter
-    return isinstance(leaf, (np.ndarray, int, float)) or is_text_leaf(leaf)
-
-
-def memory_of(tensor: torch.Tensor) -> object:
-    """Return what tells the memory of a tensor: equal for tensors that share it."""
-    if tensor.layout is not torch.strided or is_lazy(tensor):
-        return id(tensor)
-    return ("memory", tensor.untyped_storage()._cdata)
+        # Tensors of inference mode have no version counter; what a subclass of somebody else's does is not known.
+        return not leaf.is_inference() and has_default_behaviour(leaf)
+    return isinstance(leaf, (np.ndarray, np.number, np.bool_, int, float, complex)) or is_text_leaf(leaf)
 
 
 def hand_out(leaf: Any, copy: bool) -> Any:
@@ -126,22 +155,15 @@ def hand_out(leaf: Any, copy: bool) -> Any:
     if isinstance(leaf, torch.Tensor):
         if leaf.requires_grad:
             return leaf
-        own = _copy_tensor(leaf) if copy else leaf.detach()
-        if leaf.__dict__:
+        own = copy_tensor(leaf) if copy else leaf.detach()
+        if type(own) is not type(leaf):
+            return leaf
+        if leaf.__dict__ and not is_traceable_wrapper_subclass(leaf):  # which keeps in it what it wraps
             own.__dict__.update(leaf.__dict__)  # what a loader has pinned to its tensors
         return own
     if isinstance(leaf, np.ndarray):
         return _copy_array(leaf) if copy else leaf.view()
     return _copy_text(leaf) if is_text_leaf(leaf) else leaf
-
-
-def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy with the same strides: the order in which a sum adds, and so its last bit, follows the layout in memory."""
-    if tensor.layout is not torch.strided or tensor.is_contiguous() or not tensor.numel():
-        return tensor.clone()
-    once = tensor.detach()[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    memory = torch.empty_strided(once.size(), once.stride(), dtype=once.dtype, device=once.device)
-    return memory.copy_(once).expand(tensor.size())  # what lies between the elements is neither read nor written
 
 
 def _copy_array(array: "np.ndarray[Any, Any]") -> Any:
@@ -164,7 +186,7 @@ def _copy_text(value: Any) -> Any:
 class Snapshot(NamedTuple):
     """What a leaf was when the stage read it. ``holds(leaf)`` says whether it still is that."""
 
-    version: int | None
+    version: Any
     content: Any
 
     @classmethod
@@ -174,7 +196,7 @@ class Snapshot(NamedTuple):
         NumPy arrays and lists have no version counter, so theirs is a copy.
         """
         if isinstance(leaf, torch.Tensor):
-            return cls(leaf._version, None)
+            return cls(version_of(leaf), None)
         if isinstance(leaf, np.ndarray):
             return cls(None, (leaf.shape, _contents(leaf)))
         return cls(None, _copy_text(leaf) if is_text_leaf(leaf) else leaf)
@@ -182,7 +204,7 @@ class Snapshot(NamedTuple):
     def holds(self, leaf: Any) -> bool:
         """Whether ``leaf``, the object the snapshot was taken of, has not been written since."""
         if self.version is not None:
-            return bool(leaf._version == self.version)
+            return bool(version_of(leaf) == self.version)
         if isinstance(leaf, np.ndarray):
             shape, before = self.content
             if leaf.dtype == object:
@@ -205,6 +227,9 @@ def _contents(array: "np.ndarray[Any, Any]") -> Any:
 def describe(tree: Any) -> str:
     """Return the structure of ``tree`` in one line, for messages: ``(Tensor[32, 4] float32, list of 32 text rows)``."""
     if isinstance(tree, torch.Tensor):
+        if tree.layout is not torch.strided or tree.is_nested:
+            kind = "nested" if tree.is_nested else str(tree.layout).removeprefix("torch.")
+            return f"{kind} Tensor {str(tree.dtype).removeprefix('torch.')}"
         return f"Tensor{list(tree.shape)} {str(tree.dtype).removeprefix('torch.')}"
     if isinstance(tree, np.ndarray):
         return f"ndarray{list(tree.shape)} {tree.dtype}"

@@ -27,7 +27,7 @@ from torch.fx.proxy import Scope, TracerBase
 from torch.utils import _device
 
 from torchstage._mode import Ambient
-from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
+from torchstage._structure import TreeSpec, flatten, is_constant, layout_of, unflatten
 from torchstage.transforms._decisions import Decision, Decisions, asks_only, decide
 from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
@@ -56,6 +56,7 @@ class Capture:
         measured: tensors of the model whose shape, dtype or device the forward's Python code read.
         trained: the parameters that require grad; other tensors may share their memory.
         globals: names outside the model that the forward read: (dictionary, name, value).
+        method: the method that was captured.
         outside: modules that the forward found outside the tree of registered ones, by the path they go under.
         assigned: attributes that the forward assigns, as (module path, name). The result's leaves are then those of
             ``(result, [values])``.
@@ -79,6 +80,7 @@ class Capture:
     measured: tuple[torch.Tensor, ...]
     trained: tuple[torch.Tensor, ...]
     globals: tuple[tuple[Any, str, Any], ...]
+    method: str = "forward"
     outside: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     assigned: tuple[tuple[str, str], ...] = ()
     rung: str = "traced"
@@ -92,19 +94,25 @@ class Capture:
         return self.state[target] if target in self.state else self.arrays[target]
 
 
-def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
+def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: str = "forward") -> Capture:
     """Capture ``model.forward(*args, **kwargs)``; of the arguments' contents nothing is used.
+
+    Args:
+        model: the module to capture.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        method: the method to capture instead of ``forward``.
 
     Raises:
         UntraceableError: the forward as a whole cannot be expressed as a graph.
     """
     if has_global_hooks():
         raise UntraceableError("hooks on all modules are set")
-    if "forward" in model.__dict__:
-        raise UntraceableError("forward is set on the instance, so it cannot be run on a copy of the model")
+    for name in {"forward", method} & model.__dict__.keys():
+        raise UntraceableError(f"{name} is set on the instance, so it cannot be run on a copy of the model")
     opaque: dict[str, str] = {}
     while True:
-        tracer = _Tracer(model, opaque)
+        tracer = _Tracer(model, opaque, method)
         try:
             return tracer.run(tuple(args), kwargs)
         except Exception as error:
@@ -116,7 +124,7 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
 class _Tracer(TracerBase):
     """One attempt at a capture. ``failed`` is the path of the innermost module in which it failed ("": the model)."""
 
-    def __init__(self, model: torch.nn.Module, opaque: dict[str, str]) -> None:
+    def __init__(self, model: torch.nn.Module, opaque: dict[str, str], method: str) -> None:
         super().__init__()
         self.graph = torch.fx.Graph()
         self.scope = Scope("", None)
@@ -130,6 +138,7 @@ class _Tracer(TracerBase):
         self._looked_at: list[torch.fx.Node] = []
         self.refused: UntraceableError | None = None
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._method = method
         self._model = model
         self._opaque = opaque
         self._modules = dict(model.named_modules())
@@ -157,23 +166,24 @@ class _Tracer(TracerBase):
         constants = {i: leaf for i, leaf in enumerate(leaves) if is_constant(leaf)}
         inputs = [leaf if i in constants else self._placeholder(i, leaf) for i, leaf in enumerate(leaves)]
         traced_args, traced_kwargs = unflatten(inputs, in_spec)
+        layout = layout_of((args, kwargs))
         with PythonRandomUntouched(), Watch(self), Recorder(self):
-            result = self._mirror.root.forward(*traced_args, **traced_kwargs)
+            result = getattr(self._mirror.root, self._method)(*traced_args, **traced_kwargs)
         if self.refused is not None:  # the forward caught the exception
             raise self.refused
         if self.failure is not None:  # a submodule failed and the forward caught its exception
             raise self.failure
         self._mirror.check_containers()
+        touched = layout.touched((traced_args, traced_kwargs), inputs)
+        if touched is not None:
+            raise UntraceableError(f"{self._method} changes its arguments: {touched}")
         assigned = tuple(self._mirror.assigned)
         outputs, out_spec = flatten((result, list(self._mirror.assigned.values())) if assigned else result)
-        given, given_spec = flatten((traced_args, traced_kwargs))
-        if given_spec != in_spec or any(a is not b for a, b in zip(given, inputs, strict=True)):
-            raise UntraceableError("forward changes a container of the batch")
         self.graph.output(self.create_arg(outputs))
         decisions = self._decisions({f"input_{i}": i for i in range(len(leaves))})
         self.graph.lint()
         self._mirror.forget_assigned()
-        del result, outputs, inputs, traced_args, traced_kwargs, given
+        del result, outputs, inputs, traced_args, traced_kwargs, layout
         self._check_none_escaped()
         return Capture(
             graph=self.graph,
@@ -189,6 +199,7 @@ class _Tracer(TracerBase):
             measured=tuple(self._measured.values()) + (decisions.measured() if decisions is not None else ()),
             trained=tuple(p for m in (self._model, *self._outside.values()) for p in m.parameters() if p.requires_grad),
             globals=tuple(self.globals.values()),
+            method=self._method,
             outside=self._outside,
             assigned=assigned,
             decisions=decisions,
@@ -231,7 +242,12 @@ class _Tracer(TracerBase):
 
     def call_module(self, path: str, stand_in: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._modules[path]
+        if not path and has_hooks(module):
+            raise UntraceableError(f"{self._method} calls the model itself, which has hooks")
         if path in self._opaque or is_leaf(module):
+            if not _is_torchs(module) and _holds_mutable((*args, *kwargs.values())):
+                # What it changes in its copy would be missing in the caller's.
+                raise UntraceableError(f"{path} is called as a whole with a container, which it may change")
             self._called[path] = module
             result = self.create_proxy("call_module", path, args, kwargs)
             result.node.meta["module"] = module
@@ -358,6 +374,27 @@ def is_leaf(module: torch.nn.Module) -> bool:
         return True
     home = type(module).__module__
     return home.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, torch.nn.Sequential)
+
+
+def _is_torchs(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs only code of torch's, which leaves its arguments as they are."""
+    home = type(module).__module__
+    return not has_hooks(module) and "forward" not in vars(module) and home.startswith(("torch.nn.", "torch.jit."))
+
+
+def _holds_mutable(arguments: Sequence[Any]) -> bool:
+    """Whether one of the arguments is a container that can be changed; a value of the graph is none."""
+    for value in arguments:
+        if type(value) is tuple:
+            if _holds_mutable(value):
+                return True
+        elif (
+            type(value) not in (Value, Number, Attribute)
+            and not is_constant(value)
+            and not isinstance(value, (torch.Tensor, int, float))
+        ):
+            return True
+    return False
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

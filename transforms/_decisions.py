@@ -79,6 +79,10 @@ class Decisions:
             self._answers[key] = self._first_other(leaves)
         return self._answers[key]
 
+    def positions(self) -> frozenset[int]:
+        """Return the positions of the leaves that the decisions depend on."""
+        return frozenset(position for _, position in self._inputs)
+
     def measured(self) -> tuple[torch.Tensor, ...]:
         """Return the model's tensors whose shapes the decisions depend on."""
         return tuple(value for value in self._state.values() if isinstance(value, torch.Tensor))

@@ -51,4 +51,7 @@ _NOT_USERS = (
     "torchstage._ops.",
     "torchstage.markers.",
     "torchstage._structure.",
+    "torchstage._forms.",
+    "torchstage._objects.",
+    "torchstage._memory.",
 )

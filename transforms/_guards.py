@@ -28,7 +28,10 @@ class Guards:
 
     def __init__(self, model: torch.nn.Module, capture: Capture) -> None:
         modules = {**dict(model.named_modules()), **capture.outside}
-        self._inlined = [modules[path] for path in capture.inlined if path]
+        # The model's own hooks run outside its forward, but inside another method that calls the model.
+        self._inlined = [modules[path] for path in capture.inlined if path or capture.method != "forward"]
+        self._method = capture.method
+        self._entry = getattr(type(model), capture.method, None)
         self._same: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._equal: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._items: list[tuple[Any, tuple[Any, ...], str]] = []
@@ -86,8 +89,10 @@ class Guards:
         for module in self._inlined:
             if has_hooks(module) or "forward" in module.__dict__:
                 return "a hook or a forward was set on a submodule"
-        if has_global_hooks() or "forward" in self._root.__dict__:
+        if has_global_hooks() or "forward" in self._root.__dict__ or self._method in self._root.__dict__:
             return "a hook on all modules or a forward was set"
+        if getattr(type(self._root), self._method, None) != self._entry:
+            return f"`{self._method}` of the class was replaced"
         for owner, items, name in self._registered:
             if len(owner) != len(items) or any(owner.get(key, owner) is not value for key, value in items):
                 return f"{name} changed"

@@ -145,7 +145,10 @@ class Judge:
 
     def _judge_state(self, node: torch.fx.Node, effect: Effect) -> Verdict | None:
         if node.op == "placeholder":
-            return None if self._watched(input_position(node)) else Verdict(effect, Reason.INPUT)
+            if self._watched(input_position(node)):
+                return None
+            kind = node.meta.get("type")
+            return Verdict(effect, Reason.INPUT, f"a {kind.__qualname__}" if kind is not None else "")
         if node.op == "get_attr" and self._roots[node] & self._written:
             return Verdict(effect, Reason.WRITTEN, f"`{node.target}`")
         for name, tensor in self._own_state(node):
