@@ -32,6 +32,7 @@ from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._recorder import Recorder
+from torchstage.transforms._shapes import ShapeConstraints
 from torchstage.transforms._value import Number, Value, is_number
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
 
@@ -79,7 +80,7 @@ class Capture:
     outside: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     assigned: tuple[tuple[str, str], ...] = ()
     rung: str = "traced"
-    decisions: Decisions | None = None
+    decisions: Decisions | ShapeConstraints | None = None
     obstacle: str = ""
     varying: frozenset[str] = frozenset()
 
