@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torchstage
 from tests.support import assert_same, assert_same_training, click_loader
@@ -233,6 +234,7 @@ class Refused(Base):
         self.do = do
         self.history: list[Any] = []
         self.steps = 0
+        self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.out(self.do(self, self.table(ids)))
@@ -248,8 +250,10 @@ def counts(model: Any, x: torch.Tensor) -> torch.Tensor:
     [
         (lambda _, x: x if x.sum() > 0 else -x, "data-dependent|GuardOnDataDependentSymNode"),
         (lambda _, x: Square.apply(x), "forward calls the autograd function Square"),
+        (lambda m, x: (setattr(m, "mean", m.mean + x.mean()), x)[1], "forward changes self._buffers"),
+        (lambda _, x: checkpoint(torch.sin, x, use_reentrant=False), "checkpoint"),
         (lambda m, x: (m.history.append(x), x)[1], "forward changes self.history"),
-        (counts, "forward changes an attribute of the model"),
+        (counts, "forward changes self.steps"),
         (lambda m, x: (m.CACHE.append(x), x)[1], "forward keeps a value in a Python object or a cache"),
         (lambda _, x: x * random.random(), "random generator"),
         (lambda _, x: torchstage.staged(x), "mark"),

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import logging
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -238,17 +239,22 @@ class _Export:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's reports on an export that fails, and its warnings on one that does not, from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch._export", "torch.fx", "torch._dynamo")]
-    before = [(logger, logger.disabled) for logger in loggers]
+    known = [logger for name, logger in logging.Logger.manager.loggerDict.items() if name.partition(".")[0] == "torch"]
+    handlers = [handler for logger in known if isinstance(logger, logging.Logger) for handler in logger.handlers]
+    thread = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
     try:
-        for logger in loggers:
-            logger.disabled = True
+        for handler in handlers:
+            handler.addFilter(of_others)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, disabled in before:
-            logger.disabled = disabled
+        for handler in handlers:
+            handler.removeFilter(of_others)
 
 
 def _free_of_fakes(containers: Iterable[Any]) -> bool:

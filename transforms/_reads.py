@@ -106,6 +106,10 @@ class _Watch(Watch):
             if home.startswith(("torch.nn.modules.", "torch.nn.functional")):
                 self._reads.layer_codes.add(frame.f_code)
                 return
+            if home == "torch.utils.checkpoint":
+                self._refuse(
+                    "forward uses checkpoint, whose backward computes again, and a graph would keep all values"
+                )
             if _is_exports(home):
                 return
             if is_users(frame):

@@ -58,11 +58,17 @@ class Replica:
     def changed(self) -> str | None:
         """Name the first attribute or container that what ran on the replica has changed, or None.
 
-        Registered tensors do not count: which of them a forward replaces is seen in its graph.
+        What torch's recurrent layers keep of their weights does not count.
         """
         for name, copy, before in self._filled.values():
-            if not self._same_items(_items(copy), before):
-                return f"self.{name}" if name else "an attribute of the model"
+            if isinstance(copy, (list, dict, set, collections.deque)):
+                if not self._same_items(_items(copy), before):
+                    return f"self.{name}"
+                continue
+            now, then = vars(copy), dict(zip(before[::2], before[1::2], strict=True))
+            for key in {**then, **now}:
+                if key not in _LAYERS_OWN and not self._same(now.get(key, self), then.get(key, self)):
+                    return f"self.{name}.{key}" if name else f"self.{key}"
         for original, copy in self._copies.values():
             if isinstance(copy, np.ndarray) and copy is not original and not _same_array(original, copy):
                 return "a NumPy array of the model"
@@ -148,7 +154,7 @@ class Replica:
             for position, item in enumerate(copy):
                 if type(item) not in _PLAIN:
                     copy[position] = self._copy(item, name)
-        if not name.endswith(("_parameters", "_buffers")):
+        if not name.endswith(_LAYERS_OWN):
             self._note(copy, name)
         return copy
 
@@ -187,4 +193,5 @@ def _same_array(a: Any, b: Any) -> bool:
 
 
 _PLAIN = frozenset([type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device])
+_LAYERS_OWN = ("_flat_weights", "_flat_weight_refs")
 _STATEFUL = (random.Random, np.random.Generator, np.random.RandomState)

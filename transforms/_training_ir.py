@@ -9,7 +9,7 @@ import sympy
 import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from torchstage._structure import memory_of
 from torchstage.transforms._frames import line_of
@@ -80,6 +80,8 @@ class _Rebuilt:
         self._add_inputs(positions)
         self._add_nodes(program.graph_module, program.graph)
         output = next(iter(reversed(program.graph.nodes)))
+        if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
+            raise UntraceableError("the export gives back values that the forward replaces in the model")
         computed = iter(self._of(output.args[0]))
         self.graph.output([next(computed) if leaf is COMPUTED else leaf for leaf in result])
         self._drop_unused()
