@@ -65,7 +65,7 @@ def _first_that_works(model: torch.nn.Module, leaves: Sequence[Any], in_spec: Tr
         try:
             return export, export.program(free)
         except Exception as error:
-            if not free or isinstance(error, (UntraceableError, GuardOnDataDependentSymNode)):
+            if not free or isinstance(error, UntraceableError):
                 raise
     raise AssertionError("the last of the attempts leaves nothing free")
 
@@ -130,8 +130,12 @@ class _Flat(torch.nn.Module):
     def forward(self, tensors: list[torch.Tensor]) -> list[Any]:
         args, kwargs = self.whole.arguments(tensors)
         self.whole.replica.begin()  # export has put tensors without contents in place of the model's
-        with self.whole.reads:
-            result = self.model.forward(*args, **kwargs)
+        try:
+            with self.whole.reads:
+                result = self.model.forward(*args, **kwargs)
+        except GuardOnDataDependentSymNode as error:  # as it is, export would print the graph so far
+            where = sentence(error).rpartition(" (")[2].rstrip(")")
+            raise UntraceableError(f"forward decides on a value of the batch ({where})") from error
         self.whole.check((args, kwargs), tensors)
         return self.whole.split(result)
 
