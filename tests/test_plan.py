@@ -11,7 +11,7 @@ from torch import nn
 from tests.test_capture import Base, run_in_parts
 from torchstage import mark_target_node, ops, staged
 from torchstage.errors import MarkError
-from torchstage.transforms import Plan, Reason, capture, make_plan
+from torchstage.transforms import Plan, Reason, capture, lift, make_plan
 
 X = torch.arange(12.0).reshape(4, 3) - 5
 
@@ -271,3 +271,18 @@ def test_a_graph_of_2000_operations_is_planned_quickly_enough_to_test() -> None:
 
     plan = plan_of(model_of(forward))
     assert len(plan.lifted) == 2000
+
+
+def test_a_view_that_hangs_on_lifted_work_brings_its_other_inputs_along() -> None:
+    class Expands(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+            return x.view(-1, 1).expand_as(like.exp()) * self.weight
+
+    captured = capture(Expands(), (torch.ones(3), torch.ones(3, 4)), {})
+    plan = make_plan(captured, "Expands", training=True)
+    assert lifted(plan) == ["view", "exp", "expand_as"]
+    assert lift(captured, plan).stage.values == ()

@@ -169,13 +169,13 @@ def _keep_what_costs_nothing(
     A stage of nothing but views would cost a hand-over and save nothing.
     """
     work = [n for n in order if verdicts[n].lifted and (verdicts[n].effect.kind is Kind.PURE or n in marked)]
-    needed = _ancestors([*work, *gathered])
     hangs_on_work = set(work)
     for node in order:
         if verdicts[node].lifted and any(source in hangs_on_work for source in node.all_input_nodes):
             hangs_on_work.add(node)
+    needed = _ancestors([*hangs_on_work, *gathered])
     for node in order:
-        if verdicts[node].lifted and node not in needed and node not in hangs_on_work:
+        if verdicts[node].lifted and node not in needed:
             verdicts[node] = dataclasses.replace(verdicts[node], reason=Reason.FREE)
 
 

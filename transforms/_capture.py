@@ -10,6 +10,7 @@ A submodule that cannot be traced becomes a leaf and capture starts again; so th
 forward, or there is none and `UntraceableError` says why.
 """
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -61,6 +62,7 @@ class Capture:
         rung: how it was captured.
         decisions: what the forward's Python code took from shapes, lengths and types; None if nothing.
         obstacle: why it could not be captured in a way that is cheaper to run; empty for a traced one.
+        arrays: the NumPy arrays that the graph reads itself, by the target of their ``get_attr`` nodes.
         varying: names of operations that seldom turned up again in a forward that was recorded.
     """
 
@@ -82,7 +84,12 @@ class Capture:
     rung: str = "traced"
     decisions: Decisions | ShapeConstraints | None = None
     obstacle: str = ""
+    arrays: dict[str, "np.ndarray[Any, Any]"] = dataclasses.field(default_factory=dict)
     varying: frozenset[str] = frozenset()
+
+    def held(self, target: str) -> Any:
+        """Return the tensor or array that a ``get_attr`` node with that target reads."""
+        return self.state[target] if target in self.state else self.arrays[target]
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Capture:
@@ -134,7 +141,9 @@ class _Tracer(TracerBase):
         self._called: dict[str, torch.nn.Module] = {}
         self._outside: dict[str, torch.nn.Module] = {}
         self._leaves: dict[str, Any] = {}
-        self._example = Example(self.graph, self._leaves, self._state, self._called)
+        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
+        held = collections.ChainMap[str, Any](self._state, self._arrays)
+        self._example = Example(self.graph, self._leaves, held, self._called)
         self._made: dict[tuple[torch.fx.Node, str], Decision] = {}
         self._inlined: dict[str, None] = {"": None}
         self._attributes: dict[tuple[str, str], Any] = {}
@@ -183,13 +192,16 @@ class _Tracer(TracerBase):
             outside=self._outside,
             assigned=assigned,
             decisions=decisions,
+            arrays=self._arrays,
         )
 
     def _decisions(self, positions: dict[str, int]) -> Decisions | None:
         """Return what was decided, and drop from the graph what was only computed for that."""
         if not self._made:
             return None
-        decisions = Decisions(self.graph, list(self._made.values()), positions, self._state, self._called)
+        decisions = Decisions(
+            self.graph, list(self._made.values()), positions, {**self._state, **self._arrays}, self._called
+        )
         todo = [node for node, _ in self._made]
         while todo:
             node = todo.pop()
@@ -272,12 +284,13 @@ class _Tracer(TracerBase):
 
     def looked_at(self, node: torch.fx.Node) -> int:
         """Return the number that a built-in function of torch asks for. It counts as decided unless it is recorded."""
-        try:
-            answer = decide(self._example, node, "index")
-        except (NotKnown, AttributeError):
-            raise TypeError("a traced value is no whole number") from None
         self._looked_at.append(node)
-        return int(answer)
+        try:
+            return int(decide(self._example, node, "index"))
+        except AttributeError:
+            raise TypeError("a traced value is no whole number") from None
+        except NotKnown:
+            return 1  # any number will do for a call that is recorded
 
     def recorded(self) -> None:
         """Note that the built-in function that is running is recorded, with the proxies themselves."""
@@ -298,6 +311,8 @@ class _Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
             return self._state_node(a)
+        if isinstance(a, np.ndarray):
+            return self._array_node(a)
         if isinstance(a, (np.bool_, np.number)):
             return a.item()  # torch takes a NumPy scalar by its value, and the generated code has no name for its type
         return super().create_arg(a)
@@ -317,6 +332,11 @@ class _Tracer(TracerBase):
         node.meta["path"] = self._path[-1]
         node.meta["source"] = user_line()
         return node
+
+    def _array_node(self, array: "np.ndarray[Any, Any]") -> torch.fx.Node:
+        name = next((name for name, known in self._arrays.items() if known is array), f"array_{len(self._arrays)}")
+        self._arrays[name] = array
+        return self.create_node("get_attr", name, (), {})
 
     def _state_node(self, tensor: torch.Tensor) -> torch.fx.Node:
         name = self._names.get(id(tensor))

@@ -44,7 +44,7 @@ class Decisions:
         graph: the captured graph; what the decisions need of it is copied.
         made: the decisions, in order.
         positions: the position of a leaf by the target of its placeholder.
-        state: the tensors that the graph reads, by the target of their node.
+        state: the tensors and arrays that the graph reads, by the target of their node.
         modules: the submodules that the graph calls, by path.
     """
 
@@ -53,7 +53,7 @@ class Decisions:
         graph: torch.fx.Graph,
         made: Sequence[Decision],
         positions: Mapping[str, int],
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
         modules: Mapping[str, torch.nn.Module],
     ) -> None:
         needed = _needed(graph, made)
@@ -81,7 +81,7 @@ class Decisions:
 
     def measured(self) -> tuple[torch.Tensor, ...]:
         """Return the model's tensors whose shapes the decisions depend on."""
-        return tuple(self._state.values())
+        return tuple(value for value in self._state.values() if isinstance(value, torch.Tensor))
 
     def _first_other(self, leaves: Sequence[Any]) -> str | None:
         given = {str(target): leaves[position] for target, position in self._inputs}
@@ -105,7 +105,23 @@ def decide(example: Example, node: torch.fx.Node, question: str) -> Any:
     value = example.of(node)
     if isinstance(value, torch.Tensor) and question not in _OF_TENSORS:
         raise NotKnown("it is a tensor's contents")
-    return QUESTIONS[question](value)
+    if question in ("str", "value") and is_open(value):
+        raise NotKnown("it is a size that depends on contents")
+    try:
+        return QUESTIONS[question](value)
+    except Exception as error:
+        if type(error).__name__ != "GuardOnDataDependentSymNode":  # its module takes half a second to import
+            raise
+        raise NotKnown("it is a size that depends on contents") from None
+
+
+def is_open(value: Any) -> bool:
+    """Whether ``value`` holds a number that depends on contents."""
+    return any(isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)) for leaf in _parts_of(value))
+
+
+def _parts_of(value: Any) -> list[Any]:
+    return [part for item in value for part in _parts_of(item)] if isinstance(value, (tuple, list)) else [value]
 
 
 def _needed(graph: torch.fx.Graph, made: Sequence[Decision]) -> set[torch.fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 from torchstage._structure import is_text_leaf
 from torchstage.transforms._twins import twin
@@ -27,7 +27,7 @@ class Example:
     Args:
         graph: the graph; it may still grow.
         leaves: the leaves of a call, by the target of their placeholder.
-        state: the tensors that the graph reads, by the target of their node; it may still grow.
+        state: the tensors and arrays that the graph reads, by the target of their node; it may still grow.
         modules: the submodules that the graph calls, by path; it may still grow.
     """
 
@@ -35,7 +35,7 @@ class Example:
         self,
         graph: torch.fx.Graph,
         leaves: Mapping[str, Any],
-        state: Mapping[str, torch.Tensor],
+        state: Mapping[str, Any],
         modules: Mapping[str, torch.nn.Module],
     ) -> None:
         self._graph = graph
@@ -43,9 +43,10 @@ class Example:
         self._state = state
         self._modules = modules
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._open = False  # whether sizes that depend on contents are known as unknowns
         self._known: dict[torch.fx.Node, Any] = {}
         self._fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._grad = torch.is_grad_enabled()
+        self._grad = self._grad_before = torch.is_grad_enabled()
 
     def of(self, node: torch.fx.Node) -> Any:
         """Return what ``node`` gives, a tensor without contents for a tensor.
@@ -54,11 +55,26 @@ class Example:
             NotKnown: it depends on the contents of a tensor or is made by an unknown function.
         """
         if node not in self._known:
-            self._catch_up(node)
+            try:
+                self._catch_up(node)
+            except DynamicOutputShapeException:
+                self._begin_again()
+                self._catch_up(node)
         value = self._known[node]
         if isinstance(value, NotKnown):
             raise value
         return value
+
+    def _begin_again(self) -> None:
+        """Evaluate once more with unknowns for sizes that depend on contents, such as of ``x[x > 0]``. That takes longer."""
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        environment = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=environment)
+        self._open = True
+        self._known.clear()
+        self._fakes.clear()
+        self._grad = self._grad_before
 
     def _catch_up(self, last: torch.fx.Node) -> None:
         """Evaluate in order up to ``last``: an operation in place may change the shape of what came before it."""
@@ -73,8 +89,9 @@ class Example:
                     if node is last:
                         break
                 self._grad = torch.is_grad_enabled()
-                torch.set_grad_enabled(grad)
         finally:
+            with torch._C.DisableTorchFunction():
+                torch.set_grad_enabled(grad)
             sys.setprofile(profile)
 
     def _evaluate(self, node: torch.fx.Node) -> Any:
@@ -88,6 +105,10 @@ class Example:
             return self._without_contents(self._call(node, args, kwargs))
         except NotKnown as unknown:
             return unknown
+        except DynamicOutputShapeException:
+            if not self._open:
+                raise
+            return NotKnown("its shape depends on contents")
         except Exception as error:  # noqa: BLE001 - a value that cannot be told is one that is not known
             return NotKnown(f"{type(error).__name__}: {error}")
 
@@ -130,7 +151,7 @@ class Example:
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         if id(value) not in self._fakes:
-            self._fakes[id(value)] = value, self._mode.from_tensor(value)
+            self._fakes[id(value)] = value, self._mode.from_tensor(value, static_shapes=True)
         return self._fakes[id(value)][1]
 
     def _without_contents(self, value: Any) -> Any:
@@ -186,6 +207,9 @@ _PLAIN_TYPES = (
     torch.device,
     torch.layout,
     torch.memory_format,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
 )
 # What tells of a tensor or an array what it is, not what it holds.
 _FIELDS = frozenset(

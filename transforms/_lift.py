@@ -144,7 +144,7 @@ def extract(
     def copy_of(node: torch.fx.Node) -> torch.fx.Node:
         origin = without_marks(node)
         if origin not in copies:  # state is read where it is first needed
-            copies[origin] = graph.get_attr(targets.of(str(origin.target), capture.state[str(origin.target)]))
+            copies[origin] = graph.get_attr(targets.of(str(origin.target), capture.held(str(origin.target))))
             copies[origin].meta = dict(origin.meta)
         return copies[origin]
 

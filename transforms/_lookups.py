@@ -116,7 +116,7 @@ def _read(node: torch.fx.Node, capture: Capture) -> _Call | None:
     weight = arguments.pop("weight")
     if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
         return None
-    tensor = capture.state[str(weight.target)]
+    tensor = capture.held(str(weight.target))
     if not isinstance(tensor, nn.Parameter):
         return None
     if node.target is aten.index.Tensor and len(arguments["ids"]) == 1:

@@ -179,19 +179,23 @@ class _StandIn:
         """Keep the stand-in's class out of registries that the user's base classes keep of their subclasses."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_MIRROR].call(self, args, kwargs)
+        mirror = self.__dict__.get(_MIRROR)
+        return super().__call__(*args, **kwargs) if mirror is None else mirror.call(self, args, kwargs)  # type: ignore[misc]
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if name.startswith("__") or name in _MACHINERY:
             return value
         own = super().__getattribute__("__dict__")
+        mirror = own.get(_MIRROR)
+        if mirror is None:  # made by the forward, as a slice of a ModuleList is
+            return value
         if name in own:
-            return own[_MIRROR].read(self, name, value)
+            return mirror.read(self, name, value)
         for cls in type(self).__mro__:
             if name in vars(cls):
                 if vars(cls)[name] is value:  # data, not a method or property
-                    own[_MIRROR].read_class(cls, name, value)
+                    mirror.read_class(cls, name, value)
                 break
         return value
 
@@ -199,14 +203,20 @@ class _StandIn:
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
-            self.__dict__[_MIRROR].missed(self, name)
+            if _MIRROR in self.__dict__:
+                self.__dict__[_MIRROR].missed(self, name)
             raise
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__[_MIRROR].assign(self, name, value)
+        if _MIRROR in self.__dict__:
+            self.__dict__[_MIRROR].assign(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        raise UntraceableError(f"forward deletes self.{name}")
+        if _MIRROR in self.__dict__:
+            raise UntraceableError(f"forward deletes self.{name}")
+        super().__delattr__(name)
 
 
 class _OpaqueModule(torch.nn.Module):

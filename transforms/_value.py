@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Attribute, Proxy
 
 from torchstage.transforms._frames import user_line
 from torchstage.transforms._mirror import UntraceableError
@@ -36,9 +36,11 @@ class Value(Proxy):
             return self.tracer.decide(
                 self.tracer.create_proxy("call_function", getattr, (self, name), {}).node, "value"
             )
+        if name in _FIELDS and isinstance(self.tracer.known(self.node), torch.Tensor):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         if name in ("dim", "ndimension") and isinstance(self.tracer.known(self.node), torch.Tensor):
             return lambda: self.ndim
-        return super().__getattr__(name)
+        return _Attribute(self, name)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -74,9 +76,13 @@ class Value(Proxy):
         return iter([parts[position] for position in range(count)])
 
     def __hash__(self) -> int:
-        if isinstance(self.tracer.known(self.node), (int, float, str, tuple)):
+        if isinstance(self.tracer.known(self.node), (int, float, str, tuple, torch.SymInt, torch.SymFloat)):
             raise TypeError("a traced size cannot be looked up, its value is that of one batch")
         return id(self)
+
+
+class _Attribute(Attribute, Value):
+    """An attribute that may be a method: it becomes a node only where it is used as a value."""
 
 
 class Number(Value):
@@ -124,14 +130,19 @@ _TAKES_SIZES = frozenset(
 )
 _ARITHMETIC = frozenset("add sub mul floordiv truediv mod pow neg".split())
 # What of a tensor hardly ever differs from batch to batch, and is often looked up, compared or handed to other libraries.
+_FIELDS = frozenset(
+    name for name, kind in vars(torch._C.TensorBase).items() if type(kind).__name__ == "getset_descriptor"
+)
 _STATIC = frozenset("ndim dtype device layout is_cuda is_sparse is_nested is_quantized".split())
 
 
 def _result_type(node: torch.fx.Node) -> type | None:
     """Return `torch.Tensor` where every operator of the node's name returns one tensor, else None."""
     if not node.op.startswith("call_"):
-        return None
+        return torch.Tensor if node.meta.get("type") is torch.Tensor else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node):
+        return torch.Tensor if _result_type(node.args[0]) is torch.Tensor else None
     if node.op == "call_module":
         return torch.Tensor if isinstance(node.meta.get("module"), _GIVES_TENSOR) else None
     if node.target is getattr:

@@ -94,6 +94,8 @@ class Judge:
             roots |= self._roots[source]
         for _, tensor in self._own_state(node):
             roots |= self._bit(memory_of(tensor))
+        if node.op == "get_attr" and str(node.target) in self.capture.arrays:
+            return self._bit(("array", node.target))
         return roots or self._bit(node)
 
     def _writes_of(self, node: torch.fx.Node) -> int:
@@ -109,7 +111,7 @@ class Judge:
 
     def _own_state(self, node: torch.fx.Node) -> list[tuple[str, torch.Tensor]]:
         """Return the tensors, with their names, that the node reads from the model by itself."""
-        if node.op == "get_attr":
+        if node.op == "get_attr" and str(node.target) in self.capture.state:
             return [(str(node.target), self.capture.state[str(node.target)])]
         if node.op == "call_module":
             module = self.capture.modules[str(node.target)]
@@ -144,6 +146,8 @@ class Judge:
     def _judge_state(self, node: torch.fx.Node, effect: Effect) -> Verdict | None:
         if node.op == "placeholder":
             return None if self._watched(input_position(node)) else Verdict(effect, Reason.INPUT)
+        if node.op == "get_attr" and self._roots[node] & self._written:
+            return Verdict(effect, Reason.WRITTEN, f"`{node.target}`")
         for name, tensor in self._own_state(node):
             if tensor.requires_grad or memory_of(tensor) in self._trained:
                 return Verdict(effect, Reason.TRAINED, f"`{name}`")

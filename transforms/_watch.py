@@ -48,7 +48,7 @@ class Watch:
                 self._tracer.in_torch, self._tracer.calling = frame, arg.__name__
             if isinstance(getattr(arg, "__self__", None), torch.Generator):
                 self._see_generator(arg.__name__)
-            elif arg in _TELLS and is_users(frame):
+            elif arg in _TELLS and is_users(frame) and not _is_standard(frame):
                 self._refuse(f"forward calls {arg.__name__}")
         elif frame is self._tracer.in_torch and event in ("c_return", "c_exception"):
             self._tracer.returned()
@@ -63,7 +63,7 @@ class Watch:
 
     def _note_globals(self, frame: types.FrameType) -> None:
         names = frame.f_code.co_names
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _STDLIB:
+        if _is_standard(frame):
             return
         for name in names:
             if name in frame.f_globals:
@@ -102,6 +102,11 @@ class PythonRandomUntouched:
 def _generators() -> tuple[Any, ...]:
     legacy: Any = np.random.get_state()
     return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
+
+
+def _is_standard(frame: types.FrameType) -> bool:
+    """Whether the standard library's code runs."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _STDLIB
 
 
 def _is_torchs(function: Any) -> bool:
