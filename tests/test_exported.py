@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,9 +136,6 @@ def test_a_size_that_python_took_as_a_number_is_fixed() -> None:
     captured = exported(model, ids)
     assert fits(captured, ids)
     assert not fits(captured, ids[:4])
-    with pytest.raises(AssertionError):
-        assert captured.decisions is not None
-        assert captured.decisions.misfit([ids[:4]]) is None
 
 
 def test_what_a_forward_writes_and_draws_is_as_in_the_plain_one() -> None:
@@ -320,6 +318,40 @@ def test_what_the_forward_may_have_read_is_guarded(change: Callable[[Any], None]
     assert guards.broken() is None
     change(model)
     assert why in str(guards.broken())
+
+
+@pytest.mark.parametrize(
+    ("do", "difference"),
+    [
+        (lambda _, x: x * 2 if torch.compiler.is_exporting() else x, "output 0 differs"),
+        (lambda _, x: x.detach().requires_grad_(), "the gradient of `table.weight`|output 0|requires_grad"),
+    ],
+)
+def test_a_wrong_export_is_found_on_the_example(
+    do: Callable[[Any, torch.Tensor], torch.Tensor], difference: str
+) -> None:
+    model, ids = Refused(do).requires_grad_(False), torch.randint(0, 20, (8,))
+    assert re.search(difference, str(check(model, export_forward(model, (ids,), {}), (ids,), {})))
+
+
+def test_sizes_that_must_agree_are_compared() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y.view(x.shape[0], -1)
+
+    x, y = torch.randn(8, 3), torch.randn(8, 3)
+    captured = exported(Adds(), x, y)
+    assert fits(captured, x[:5], y[:5])
+    assert not fits(captured, x[:5], y[:4])
+    assert captured.decisions is not None
+    assert "input_" in str(captured.decisions.misfit([x[:5], y[:4]]))
+    assert "another order in memory" in str(captured.decisions.misfit([x, torch.randn(3, 8).t()]))
+
+
+def test_what_failed_is_said_without_a_report_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UntraceableError):
+        export_forward(Refused(lambda _, x: x if x.sum() > 0 else -x), (torch.randint(0, 20, (8,)),), {})
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_wrong_export_is_found_on_a_batch_of_another_size() -> None:

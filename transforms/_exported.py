@@ -6,8 +6,11 @@ since export puts fake tensors into modules. Sizes that the export decided on be
 Python code read, whatever it may have read is noted for the guards: attributes by the names in the code that ran.
 
 Only ``strict=False`` is used. The strict form runs the model through a bytecode interpreter whose own guards on Python
-state do not come out with the graph. While it traces, export patches `torch.nn.Module`, and asks every thread about
-it: it must run where no other thread runs modules.
+state do not come out with the graph. While it traces, export patches `torch.nn.Module` for the whole process: it must
+run where no other thread runs modules, so not while batches are being staged.
+
+It gives wrong graphs too, in silence: code that asks ``torch.compiler.is_exporting()``, and ``requires_grad_`` on a
+value, are two ways. So an export is good only after `torchstage.transforms._acceptance.check`.
 """
 
 import collections
@@ -198,7 +201,8 @@ class _Export:
         # Before torch 2.7 `export` itself gave another, functional, form.
         export: Any = getattr(torch.export, "export_for_training", torch.export.export)
         try:
-            with torch.random.fork_rng(), _quiet(), PythonRandomUntouched():
+            devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+            with torch.random.fork_rng(devices), _quiet(), PythonRandomUntouched():
                 return export(self._flat, (tensors,), dynamic_shapes=(shapes,), strict=False)
         finally:
             if self._reads.refused is not None:  # also where the forward caught the exception
