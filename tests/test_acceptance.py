@@ -127,6 +127,22 @@ def test_equal_outputs_with_other_gradients_are_found() -> None:
     assert "the gradient of `weight` differs in 3 of 3 numbers" in str(check(model, captured, (x,), {}))
 
 
+def test_the_gradient_of_a_large_table_is_compared_by_its_rows() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1 << 20, 5))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return F.embedding(ids, self.weight) * 2
+
+    model, ids = Table(), torch.randint(0, 1 << 20, (8,))
+    captured = capture(model, (ids,), {})
+    assert check(model, captured, (ids,), {}) is None
+    padded = change_node(captured, "embedding", lambda n: n.update_kwarg("padding_idx", int(ids[3])))
+    assert "the gradient of `weight`" in str(check(model, padded, (ids,), {}))
+
+
 def test_a_baked_size_is_found_on_the_other_batch() -> None:
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,9 @@ class Model(nn.Module):
         self.steps = 0
         self.counts = np.zeros(3)
         self.generator = torch.Generator().manual_seed(1)
-        self.call = self.double
+        self.call = self.count_up
 
-    def double(self) -> int:
+    def count_up(self) -> int:
         self.steps += 1
         return self.steps
 
