@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from torchstage._structure import flatten, hand_out, is_text_leaf, unflatten
 from torchstage.transforms._capture import Capture
+from torchstage.transforms._differences import FEW, close, compact, difference_of
 from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._frames import sentence
 from torchstage.transforms._replica import Replica
@@ -59,15 +60,6 @@ class _Run(NamedTuple):
     gradients: dict[str, Any]
 
 
-class _Rows(NamedTuple):
-    """The rows of a large dense tensor that are not zero: the gradient of a table has few of them."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    rows: torch.Tensor
-    values: torch.Tensor
-
-
 class _Trial:
     """Runs of the two forwards of one capture."""
 
@@ -86,14 +78,14 @@ class _Trial:
             graph = self._run(self._run_graph, leaves, rewind)
         except Exception as error:  # noqa: BLE001 - whatever an operation of the graph raises
             return f"the captured graph raises {sentence(error)}"
-        difference = _difference(plain.values, graph.values) or _difference(plain.gradients, graph.gradients)
+        difference = difference_of(plain.values, graph.values) or difference_of(plain.gradients, graph.gradients)
         if difference is None:
             return None
         again = self._run(self._run_plain, leaves, rewind)
-        unsteady = _difference(plain.values, again.values)
+        unsteady = difference_of(plain.values, again.values)
         if unsteady is not None:
             return f"the plain forward does not repeat itself: {unsteady}"
-        if _difference(plain.values, graph.values) is None and _close(
+        if difference_of(plain.values, graph.values) is None and close(
             plain.gradients, again.gradients, graph.gradients
         ):
             return None
@@ -132,7 +124,7 @@ class _Trial:
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.requires_grad and not tensor.is_leaf:
             return tensor  # a value of the model's own autograd graph: what it leads to is compared elsewhere
-        copied = id(tensor) in self._written or (not tensor.requires_grad and tensor.numel() <= _FEW)
+        copied = id(tensor) in self._written or (not tensor.requires_grad and tensor.numel() <= FEW)
         alias = tensor.detach().clone() if copied else tensor.detach()
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(alias, tensor.requires_grad) if type(tensor) is torch.nn.Parameter else tensor
@@ -187,14 +179,7 @@ class _Trial:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.rand(root.shape, generator=generator).to(root) + 0.5 for root in roots]
         found = torch.autograd.grad(roots, list(of.values()), weights, allow_unused=True)
-        return {f"the gradient of `{name}`": _compact(gradient) for name, gradient in zip(of, found, strict=True)}
-
-
-def _compact(gradient: torch.Tensor | None) -> Any:
-    if gradient is None or gradient.layout is not torch.strided or gradient.numel() <= _FEW or gradient.dim() != 2:
-        return gradient
-    rows = gradient.any(dim=1).nonzero().squeeze(1)
-    return _Rows(gradient.shape, gradient.stride(), rows, gradient[rows])
+        return {f"the gradient of `{name}`": compact(gradient) for name, gradient in zip(of, found, strict=True)}
 
 
 def _module_at(model: torch.nn.Module, capture: Capture, path: str) -> torch.nn.Module:
@@ -277,61 +262,3 @@ def _same_random_state() -> Iterator[Callable[[], None]]:
         yield rewind
     finally:
         rewind()
-
-
-def _difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """Name the first value in which two runs differ, and how."""
-    for name, value in a.items():
-        how = _how(value, b[name]) if name in b else "is missing"
-        if how is not None:
-            return f"{name} {how}"
-    return None
-
-
-def _how(a: Any, b: Any) -> str | None:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return _how_tensors(a, b)
-    if type(a) is type(b) and isinstance(a, (list, _Rows)):
-        return next(
-            (how for x, y in zip(a, b, strict=False) if (how := _how(x, y))), None if len(a) == len(b) else "is longer"
-        )
-    if type(a) is not type(b):
-        return f"is of the type {type(b).__name__} instead of {type(a).__name__}"
-    if isinstance(a, np.ndarray):
-        return None if a.shape == b.shape and a.tobytes() == b.tobytes() else "has other contents"
-    return None if a is b or a == b or (a != a and b != b) else f"is {b!r} instead of {a!r}"
-
-
-def _how_tensors(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    for what in ("shape", "dtype", "device", "layout", "requires_grad"):
-        x, y = getattr(a, what), getattr(b, what)
-        if x != y:
-            return f"has the {what} {y} instead of {x}"
-    if a.layout is torch.sparse_coo:
-        return _how_tensors(a._indices(), b._indices()) or _how_tensors(a._values(), b._values())
-    if a.layout is not torch.strided:
-        return None if torch.equal(a.to_dense(), b.to_dense()) else "has other contents"
-    if a.stride() != b.stride() and a.numel():
-        return f"has another order in memory, {b.stride()} instead of {a.stride()}"
-    if torch.equal(a, b):
-        return None
-    other = ~((a == b) | ((a != a) & (b != b)))
-    count = int(other.sum())
-    return f"differs in {count} of {a.numel()} numbers" if count else None
-
-
-def _close(plain: dict[str, Any], again: dict[str, Any], graph: dict[str, Any]) -> bool:
-    """Whether the only gradients in which ``graph`` differs are some that plain runs do not repeat, up to rounding."""
-    for name, value in plain.items():
-        if _how(value, graph[name]) is None:
-            continue
-        steady = _how(value, again[name]) is None
-        if steady or value is None or type(value) is not type(graph[name]):
-            return False
-        mine, other = (v.values if isinstance(v, _Rows) else v.to_dense() for v in (value, graph[name]))
-        if mine.shape != other.shape or not torch.allclose(mine, other, rtol=1e-4, atol=1e-6, equal_nan=True):
-            return False
-    return True
-
-
-_FEW = 1 << 22  # numbers of a tensor that is copied without asking: a copy of 16 MB takes milliseconds
