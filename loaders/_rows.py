@@ -91,7 +91,12 @@ class Rows:
             again = why is _SPENT and self.site.hooked() is None
             self._reading = None
             self._rows = self._copy(self.site.lookup.weight.detach()) if again else None
-        result = self.site.run_plain(args, kwargs) if self._rows is None else self._use(args, kwargs)
+        if self._rows is None:
+            result: Any = self.site.run_plain(args, kwargs)
+        else:
+            result = self._use(args, kwargs)
+            if self.site.lookup.packed:
+                result = (result,)  # nobody reads the other items of the tuple
         self.site.took(why is None, time.perf_counter() - started)
         return result
 
@@ -278,7 +283,7 @@ def _count(site: Site, keys: torch.Tensor, ids: torch.Tensor, seconds: float) ->
 def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     if lookup.sample_weights is None:
         return None
-    position = 2 if lookup.module is not None else 8
+    position = 2 if lookup.module is not None else 6 if lookup.packed else 8
     given: torch.Tensor = kwargs["per_sample_weights"] if "per_sample_weights" in kwargs else args[position]
     return given
 

@@ -21,14 +21,14 @@ from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning, FallbackWarning
 from torchstage.loaders._graphs import ANOTHER_WAY
 from torchstage.loaders._replay import ReplayParts, record
+from torchstage.loaders._rungs import capture_whole
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.loaders._tickets import Ticket
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
-from torchstage.transforms._capture import Capture, capture
-from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._capture import Capture
 from torchstage.transforms._plan import Plan
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -266,10 +266,7 @@ class Stager:
         source: Any = self._model
         if self._options.graph is not None and self._model.training == self._graph_training:
             source = self._options.graph
-        try:
-            return capture(source, *call, method=self._binder.method)
-        except UntraceableError as error:
-            return str(error)
+        return capture_whole(source, call, self._binder.method)
 
     def _explain(self, reason: str, about: Any) -> str:
         detail = f" ({about})" if isinstance(about, str) else ""

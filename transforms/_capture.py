@@ -18,7 +18,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._recorder import Recorder
 from torchstage.transforms._value import Attribute, Number, Value
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
+
+if TYPE_CHECKING:  # its import takes half a second
+    from torchstage.transforms._shapes import ShapeConstraints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Capture:
     outside: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     assigned: tuple[tuple[str, str], ...] = ()
     rung: str = "traced"
-    decisions: Decisions | None = None
+    decisions: "Decisions | ShapeConstraints | None" = None
     obstacle: str = ""
     arrays: dict[str, "np.ndarray[Any, Any]"] = dataclasses.field(default_factory=dict)
     varying: frozenset[str] = frozenset()

@@ -54,6 +54,8 @@ def effect_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Effect:
         return Effect(Kind.SETTING, "grad mode")
     if target is getattr:
         return _attribute_effect(str(node.args[1]))
+    if isinstance(target, torch._ops.OpOverload):
+        return _overload_effect(target, node)
     if getattr(target, "__torchstage_pure__", False):
         return Effect(Kind.PURE)
     if getattr(target, "__module__", None) == "_operator":
@@ -61,6 +63,19 @@ def effect_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Effect:
     if getattr(target, "__module__", None) in _TORCH_MODULES:
         return _torch_effect(target.__name__, node)
     return Effect(Kind.UNKNOWN, f"calls {getattr(target, '__qualname__', target)}")
+
+
+def _overload_effect(target: torch._ops.OpOverload, node: torch.fx.Node) -> Effect:
+    """Judge an ATen operator, as `torch.export` records them."""
+    if target.namespace != "aten":
+        return Effect(Kind.UNKNOWN, f"calls {target}")
+    if target._schema.is_mutable:
+        return Effect(Kind.WRITES)
+    name = str(target._opname)
+    gives_view = any(returned.alias_info is not None for returned in target._schema.returns)
+    if gives_view or name in ("sym_size", "sym_numel", "sym_stride"):
+        return Effect(Kind.FREE)
+    return _torch_effect(name, node)
 
 
 def module_effect(module: nn.Module) -> Effect:

@@ -11,7 +11,7 @@ def user_line() -> str:
     frame = inspect.currentframe()
     while frame is not None:
         if is_users(frame):
-            return _line(frame.f_code.co_filename, frame.f_lineno)
+            return line_of(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return ""
 
@@ -29,7 +29,7 @@ def _raised_at(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         if is_users(trace.tb_frame):
-            found = _line(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+            found = line_of(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return found
 
@@ -39,7 +39,7 @@ def is_users(frame: types.FrameType) -> bool:
     return not module.startswith(_NOT_USERS)
 
 
-def _line(filename: str, line: int) -> str:
+def line_of(filename: str, line: int) -> str:
     return f"{filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line}"
 
 

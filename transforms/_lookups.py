@@ -40,6 +40,7 @@ class Lookup:
         mode: 0 sum, 1 mean, 2 max; of bags only.
         last_offset: ``include_last_offset``.
         module: the layer that is called as a whole, or None for a function.
+        packed: whether the call gives a tuple whose first item is the result, as the ATen form of bags does.
     """
 
     node: str
@@ -55,6 +56,7 @@ class Lookup:
     mode: int = 0
     last_offset: bool = False
     module: nn.Module | None = None
+    packed: bool = False
 
     def sources(self) -> list[torch.fx.Node]:
         """Return the nodes that the gather itself needs."""
@@ -90,9 +92,10 @@ def find_lookup(node: torch.fx.Node, capture: Capture) -> Lookup | Unliftable | 
         padding_idx=_padding(arguments.get("padding_idx"), len(weight)),
         scale=bool(arguments.get("scale_grad_by_freq", False)),
         sparse=bool(arguments.get("sparse", False)),
-        mode=_MODES[arguments.get("mode", "mean")],
+        mode=_MODES[arguments.get("mode", _mode_of(node))],
         last_offset=bool(arguments.get("include_last_offset", False)),
         module=module,
+        packed=node.target in _PACKED,
     )
 
 
@@ -116,9 +119,13 @@ def _read(node: torch.fx.Node, capture: Capture) -> _Call | None:
     tensor = capture.held(str(weight.target))
     if not isinstance(tensor, nn.Parameter):
         return None
+    if node.target is aten.index.Tensor and len(arguments["ids"]) == 1:
+        arguments["ids"] = arguments["ids"][0]
     if form is Form.INDEX and not isinstance(arguments["ids"], torch.fx.Node):
         return None  # weight[3] or weight[:, 0] is a view
-    if node.target is torch.embedding and (arguments.get("padding_idx") or 0) < 0:
+    if node.target in _PACKED and not all(_is_first_item(user) for user in node.users):
+        return None  # what else it gives is about the table's own rows
+    if node.target in (torch.embedding, aten.embedding.default) and (arguments.get("padding_idx") or 0) < 0:
         del arguments["padding_idx"]  # this one does not count from the end
     return form, str(weight.target), tensor, arguments, None
 
@@ -157,7 +164,7 @@ def _why_not(weight: torch.Tensor, arguments: dict[str, Any], module: nn.Module 
     given = [arguments.get(key) for key in ("ids", "offsets", "sample_weights")]
     if any(value is not None and not isinstance(value, torch.fx.Node) for value in given):
         return "the row numbers are no value of the graph"
-    if arguments.get("mode", "mean") not in _MODES:
+    if arguments.get("mode", "mean") not in _MODES:  # a number in the ATen form
         return f"the mode {arguments['mode']!r} is unknown"
     return _unusual(weight)
 
@@ -188,7 +195,17 @@ def _padding(padding_idx: Any, rows: int) -> int:
     return int(padding_idx) + rows if padding_idx < 0 else int(padding_idx)
 
 
-_MODES = {"sum": 0, "mean": 1, "max": 2}
+def _is_first_item(node: torch.fx.Node) -> bool:
+    return bool(node.target is operator.getitem and node.args[1] == 0)
+
+
+def _mode_of(node: torch.fx.Node) -> Any:
+    """Return the mode of a bag that is called without one."""
+    return 0 if node.target in _PACKED else "mean"
+
+
+aten = torch.ops.aten
+_MODES: dict[Any, int] = {"sum": 0, "mean": 1, "max": 2, 0: 0, 1: 1, 2: 2}
 _EMBEDDING_LAYER = "input=ids"
 _BAG_LAYER = "input=ids offsets per_sample_weights=sample_weights"
 _SELECT = (Form.SELECT, "input=weight dim index=ids")
@@ -197,12 +214,23 @@ _BAG = (
     "input=ids weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights=sample_weights "
     "include_last_offset padding_idx"
 )
+_EMBEDDING = (Form.EMBEDDING, "weight indices=ids padding_idx scale_grad_by_freq sparse")
+_ATEN_BAG = (
+    "weight indices=ids offsets scale_grad_by_freq mode sparse per_sample_weights=sample_weights include_last_offset "
+    "padding_idx"
+)
+_PACKED = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 _CALLS: dict[Any, tuple[Form, str]] = {
     F.embedding: (Form.EMBEDDING, "input=ids weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
-    torch.embedding: (Form.EMBEDDING, "weight indices=ids padding_idx scale_grad_by_freq sparse"),
+    torch.embedding: _EMBEDDING,
+    aten.embedding.default: _EMBEDDING,
     F.embedding_bag: (Form.BAG, _BAG),
     torch.index_select: _SELECT,
     "index_select": _SELECT,
     operator.getitem: _INDEX,
     "__getitem__": _INDEX,
+    aten.embedding_bag.default: (Form.BAG, _ATEN_BAG),
+    aten.embedding_bag.padding_idx: (Form.BAG, _ATEN_BAG),
+    aten.index_select.default: (Form.SELECT, "self=weight dim index=ids"),
+    aten.index.Tensor: (Form.INDEX, "self=weight indices=ids"),
 }

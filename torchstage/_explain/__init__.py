@@ -20,8 +20,9 @@ from torchstage._structure import flatten, is_text, is_tracked
 from torchstage._threads import get_stage_thread_pool
 from torchstage.errors import OptionError
 from torchstage.loaders import unwrap
+from torchstage.loaders._rungs import capture_whole
 from torchstage.options import SmartStageOptions
-from torchstage.transforms import Binder, Capture, Inputs, Plan, UntraceableError, capture, make_plan
+from torchstage.transforms import Binder, Capture, Inputs, Plan, make_plan
 
 __all__ = ["Explanation", "explain"]
 
@@ -104,10 +105,7 @@ def _check_rows(rows: Sequence[int]) -> None:
 def _capture(model: torch.nn.Module, options: SmartStageOptions, call: tuple[Any, Any]) -> Capture | str:
     """Capture as a loader's stager does; the reason if that is not possible."""
     source: Any = model if options.graph is None else options.graph
-    try:
-        return capture(source, *call)
-    except UntraceableError as error:
-        return str(error)
+    return capture_whole(source, call)
 
 
 def _plan(model: torch.nn.Module, options: SmartStageOptions, captured: Capture | str, leaves: list[Any]) -> Plan:
@@ -227,7 +225,7 @@ def _class_names(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
 
 
 def _decisions(captured: Capture) -> tuple[Any, ...]:
-    found = getattr(captured, "decisions", ())
+    found = getattr(captured.decisions, "made", ())
     return found if isinstance(found, tuple) else ()
 
 

@@ -1,0 +1,81 @@
+"""Rungs: the ways in which a forward is captured whole, tried from the cheapest on. Recording comes after all of them."""
+
+import dataclasses
+import threading
+from typing import Any
+
+import torch
+
+from torchstage.transforms._acceptance import check
+from torchstage.transforms._capture import Capture, capture
+from torchstage.transforms._mirror import UntraceableError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -> Capture | str:
+    """Capture a method of ``model`` as one graph, or say why that is not possible.
+
+    A traced graph that rests on decisions of Python code, and every exported one, is held against the plain forward, on
+    the call and on another number of rows, before it is accepted. That takes some forwards and backwards on replicas, so
+    it is left out where the parameters are large: there nothing is exported, and a traced graph has its guards.
+
+    Args:
+        model: the user's model.
+        call: the arguments.
+        method: the method to capture.
+    """
+    small = sum(p.numel() * p.element_size() for p in model.parameters()) <= _MOST_CHECKED_BYTES
+    traced, why = _trace(model, call, method, checked=small and method == "forward")
+    if traced is not None and not traced.opaque:
+        return traced
+    if traced is not None:
+        why = next(f"`{path}` would be called as a whole, {reason}" for path, reason in traced.opaque.items())
+    exported = _export(model, call) if small and method == "forward" and _is_alone() else ""
+    if isinstance(exported, Capture):
+        return dataclasses.replace(exported, obstacle=why)
+    if traced is not None:
+        return traced
+    return f"{why}; torch.export: {exported}" if exported else why
+
+
+def _trace(model: torch.nn.Module, call: Call, method: str, *, checked: bool) -> tuple[Capture | None, str]:
+    args, kwargs = call
+    try:
+        traced = capture(model, args, kwargs, method)
+    except UntraceableError as error:
+        return None, str(error)
+    flaw = _flaw(model, traced, call) if checked and _rests_on_decisions(traced) else None
+    return (traced, "") if flaw is None else (None, flaw)
+
+
+def _export(model: torch.nn.Module, call: Call) -> Capture | str:
+    # Its import takes half a second, and most forwards can be traced.
+    from torchstage.transforms._exported import export_forward
+
+    try:
+        exported = export_forward(model, *call)
+    except UntraceableError as error:
+        return str(error).removeprefix("torch.export: ")
+    return _flaw(model, exported, call) or exported
+
+
+def _flaw(model: torch.nn.Module, captured: Capture, call: Call) -> str | None:
+    """Say how a capture differs from the plain forward, or None."""
+    args, kwargs = call
+    try:
+        return check(model, captured, args, kwargs)
+    except Exception as error:  # noqa: BLE001 - what cannot be run on a replica cannot be checked
+        return f"it could not be held against the plain forward: {type(error).__name__}: {error}"
+
+
+def _is_alone() -> bool:
+    """Whether no other thread can be running modules: `torch.export` patches their class for the whole process."""
+    return threading.active_count() == 1
+
+
+def _rests_on_decisions(captured: Capture) -> bool:
+    return captured.decisions is not None or bool(captured.outside or captured.assigned)
+
+
+_MOST_CHECKED_BYTES = 1 << 28
