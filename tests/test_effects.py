@@ -272,3 +272,41 @@ def test_a_change_of_a_frozen_layer_between_steps(change: str) -> None:
             net.back.activation = F.gelu
 
     check(model(noisy, frozen(encoder())), between)
+
+
+@torch.library.custom_op("torchstage_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("torchstage_tests::double_in_place", mutates_args={"x"})
+def double_in_place(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def with_library_operators(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = twice(torch.exp(x))
+    before = hidden.cos()
+    torch.ops.torchstage_tests.double_in_place(hidden)
+    return self.lin(torch.ops.torchstage_tests.twice.default(hidden) + before)
+
+
+def test_an_operator_of_torch_library_is_lifted_if_its_schema_says_that_it_is_pure() -> None:
+    reasons = {node.name: node for node in plan_of(model(with_library_operators)).nodes}
+    lifted_names = [name for name, node in reasons.items() if node.lifted]
+    assert any(name.startswith("twice") for name in lifted_names)
+    assert not any(name.startswith("double") for name in lifted_names)
+    check(model(with_library_operators))
+
+
+def tied(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.lin(self.pre(x)) + F.linear(torch.exp(x), self.frozen_view)
+
+
+def test_a_frozen_view_of_a_trained_weight_is_read_in_the_step() -> None:
+    def setup(self: Any) -> None:
+        self.frozen_view = nn.Parameter(self.lin.weight.data, requires_grad=False)
+
+    net = model(tied, setup)
+    assert "linear" not in lifted(net)
+    check(model(tied, setup), twin=model(tied, setup))
