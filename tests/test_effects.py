@@ -310,3 +310,14 @@ def test_a_frozen_view_of_a_trained_weight_is_read_in_the_step() -> None:
     net = model(tied, setup)
     assert "linear" not in lifted(net)
     check(model(tied, setup), twin=model(tied, setup))
+
+
+def test_the_fast_path_of_attention_may_be_switched_between_steps() -> None:
+    def between(step: int, *_: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(step != 3)
+
+    try:
+        loader = check(model(noisy, frozen(encoder().eval())), between)
+        assert any("attention fast path" in reason for reason in loader.stats.fallbacks)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
