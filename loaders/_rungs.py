@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from torchstage.transforms._acceptance import check
 from torchstage.transforms._capture import Capture, capture
@@ -25,7 +26,8 @@ def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -
         call: the arguments.
         method: the method to capture.
     """
-    small = sum(p.numel() * p.element_size() for p in model.parameters()) <= _MOST_CHECKED_BYTES
+    sizes = [0 if is_lazy(p) else p.numel() * p.element_size() for p in model.parameters()]
+    small = sum(sizes) <= _MOST_CHECKED_BYTES
     traced, why = _trace(model, call, method, checked=small and method == "forward")
     if traced is not None and not traced.opaque:
         return traced

@@ -56,8 +56,8 @@ def test_a_frozen_parameter_and_a_frozen_module_are_part_of_the_prefix() -> None
     [
         (lambda self, x: torch.bernoulli(x.exp().sigmoid()) * self.weight, "bernoulli", Reason.RANDOM),
         (lambda self, x: F.dropout(x.exp(), 0.5) * self.weight, "dropout", Reason.RANDOM),
-        (lambda self, x: x.exp().relu_() * self.weight, "relu_", Reason.WRITES),
-        (lambda self, x: F.relu(x.exp(), inplace=True) * self.weight, "relu", Reason.WRITES),
+        (lambda self, x: x.relu_() + self.mean.exp() * self.weight, "relu_", Reason.WRITES),
+        (lambda self, x: F.relu(x, inplace=True) + self.mean.exp() * self.weight, "relu", Reason.WRITES),
         (lambda self, x: torch.add(x.exp(), 1, out=x.log()) * self.weight, "add", Reason.WRITES),
         (lambda self, x: self.norm(x.exp()) * self.weight, "norm", Reason.UPDATES),
         (lambda self, x: self.mean.add_(1) + x.exp(), "add_", Reason.WRITES),

@@ -42,6 +42,7 @@ class Ambient(NamedTuple):
                 torch._C._get_mkldnn_enabled(),
                 torch._C._get_deterministic_algorithms(),
                 torch.get_float32_matmul_precision(),
+                torch.backends.mha.get_fastpath_enabled(),
             ),
         )
 
@@ -102,6 +103,6 @@ _WORDS = {
     "autocast_cache": "autocast cache",
     "dtype": "default dtype",
     "device": "default device",
-    "kernels": "choice of kernels (SDPA, oneDNN, determinism, matmul precision)",
+    "kernels": "choice of kernels (SDPA, attention fast path, oneDNN, determinism, matmul precision)",
     "threads": "number of intra-op threads",
 }

@@ -17,7 +17,7 @@ import gc
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -402,9 +402,12 @@ def _holds_mutable(arguments: Sequence[Any]) -> bool:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling ``module`` runs hooks besides its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
+
+
+def hooks_of(module: torch.nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Return the live dictionaries of the hooks that a call of ``module`` runs."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def has_global_hooks() -> bool:

@@ -1,11 +1,10 @@
 """What a graph node does besides computing its value, decided without running it.
 
 The rule is that unknown is not lifted: a node is pure only if its target is an operation of torch whose operator
-schemas say so, a function declared pure (`torchstage.ops`), or one of the few Python functions listed here by name.
+schemas say so, a function declared pure (`torchstage.ops`), one of the few Python functions listed by name in
+`_effect_tables`, an operator of `torch.library` whose schema says so, or a layer of torch's.
 """
 
-import dataclasses
-import enum
 import functools
 from typing import Any
 
@@ -14,29 +13,34 @@ import torch.fx
 from torch import nn
 
 from torchstage import markers
-from torchstage.transforms._capture import has_hooks
+from torchstage.transforms._effect_kinds import Effect, Kind
+from torchstage.transforms._effect_schemas import (
+    draws,
+    is_composite,
+    judge_custom,
+    overloads_in,
+    overloads_of,
+    written_arguments,
+)
+from torchstage.transforms._effect_tables import (
+    ALIKE,
+    ARITHMETIC,
+    DEFAULTS,
+    EXACT,
+    IN_PLACE_ELSEWHERE,
+    MAPPING_METHODS,
+    METADATA,
+    NORMS_WITH_STATE,
+    NOT_PURE,
+    OPERATORS,
+    RANDOM_COMPOSITES,
+    SWITCHED_OFF,
+    TORCH_MODULES,
+    VIEWS,
+)
+from torchstage.transforms._module_effects import module_effect
 
-
-class Kind(enum.Enum):
-    """What a node does."""
-
-    PURE = "computes its value and nothing else"
-    FREE = "costs nothing: a view, an item or a piece of metadata"
-    RANDOM = "draws random numbers"
-    WRITES = "writes in place"
-    UPDATES = "updates the module's own state"
-    SETTING = "switches a setting of the calling thread"
-    BOUNDARY = "is a `staged` mark"
-    TARGET = "is a `mark_target_node` mark"
-    UNKNOWN = "is not known to be pure"
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """A node's effect. ``detail`` finishes the sentence where the kind alone does not explain it."""
-
-    kind: Kind
-    detail: str = ""
+__all__ = ["Effect", "Kind", "effect_of", "is_exact", "is_metadata", "module_effect"]
 
 
 def effect_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Effect:
@@ -54,72 +58,51 @@ def effect_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Effect:
         return Effect(Kind.SETTING, "grad mode")
     if target is getattr:
         return _attribute_effect(str(node.args[1]))
-    if isinstance(target, torch._ops.OpOverload):
-        return _overload_effect(target, node)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _registered_effect(target, node)
     if getattr(target, "__torchstage_pure__", False):
         return Effect(Kind.PURE)
     if getattr(target, "__module__", None) == "_operator":
         return _operator_effect(target, node)
-    if getattr(target, "__module__", None) in _TORCH_MODULES:
+    if getattr(target, "__module__", None) in TORCH_MODULES:
         return _torch_effect(target.__name__, node)
     return Effect(Kind.UNKNOWN, f"calls {getattr(target, '__qualname__', target)}")
 
 
-def _overload_effect(target: torch._ops.OpOverload, node: torch.fx.Node) -> Effect:
-    """Judge an ATen operator, as `torch.export` records them."""
-    if target.namespace != "aten":
-        return Effect(Kind.UNKNOWN, f"calls {target}")
-    if target._schema.is_mutable:
-        return Effect(Kind.WRITES)
-    name = str(target._opname)
-    gives_view = any(returned.alias_info is not None for returned in target._schema.returns)
-    if gives_view or name in ("sym_size", "sym_numel", "sym_stride"):
-        return Effect(Kind.FREE)
-    return _torch_effect(name, node)
+def is_exact(node: torch.fx.Node) -> bool:
+    """Whether a pure node gives the same bits however its elements are split among threads.
 
-
-def module_effect(module: nn.Module) -> Effect:
-    """Return the effect of calling ``module`` as a whole, in its present training mode."""
-    if has_hooks(module):
-        return Effect(Kind.UNKNOWN, "has hooks")
-    if "forward" in vars(module):
-        return Effect(Kind.UNKNOWN, "has a forward set on the instance")
-    for part in module.modules():
-        if not type(part).__module__.startswith("torch.nn.modules."):
-            return Effect(Kind.UNKNOWN, f"calls the {type(part).__name__} module as a whole")
-        if isinstance(part, nn.LSTM):  # its oneDNN form differs in the last bit between grad modes
-            return Effect(Kind.UNKNOWN, "computes other bits with grad mode off")
-        if getattr(part, "inplace", False):
-            return Effect(Kind.WRITES)
-        if _draws(part):
-            return Effect(Kind.RANDOM)
-        if isinstance(part, nn.modules.batchnorm._NormBase) and part.training and part.running_mean is not None:
-            return Effect(Kind.UPDATES, "its running statistics")
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
-            return Effect(Kind.UPDATES, "rows of its table are renormalised (max_norm)")
-    return Effect(Kind.PURE)
-
-
-def _draws(module: nn.Module) -> bool:
-    if isinstance(module, (nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)):
+    A sum of floats does not (its order changes), nor does a function such as exp, whose vector and scalar forms may
+    differ in the last bit. Selection, casts, comparisons, integer work and single IEEE operations do.
+    """
+    if getattr(node.target, "__torchstage_pure__", False):
         return True
-    rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0)
-    return module.training and (isinstance(module, nn.RReLU) or (isinstance(rate, (int, float)) and rate > 0))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op != "call_module" and name.strip("_") in EXACT
+
+
+def is_metadata(node: torch.fx.Node) -> bool:
+    """Whether the node asks its input what it is, such as its shape or dtype, and not what it holds."""
+    if node.op == "call_method":
+        return node.target in METADATA
+    return node.target is getattr and node.args[1] in METADATA
 
 
 def _attribute_effect(name: str) -> Effect:
-    if name in _METADATA or name in _VIEWS:
+    if name in METADATA or name in VIEWS or name == "data":
         return Effect(Kind.FREE)
     return Effect(Kind.UNKNOWN, f"reads .{name}")
 
 
 def _operator_effect(target: Any, node: torch.fx.Node) -> Effect:
     name = target.__name__
-    if name == "setitem" or (name.startswith("i") and name[1:].rstrip("_") in _ARITHMETIC):
+    if name == "setitem":
         return Effect(Kind.WRITES)
+    if name.startswith("i") and name[1:].rstrip("_") in ARITHMETIC:
+        return Effect(Kind.WRITES, in_place=True)
     if name == "getitem":
         return Effect(Kind.FREE if _is_basic_index(node.args[1]) else Kind.PURE)
-    return Effect(Kind.PURE) if name in _OPERATORS else Effect(Kind.UNKNOWN, f"calls operator.{name}")
+    return Effect(Kind.PURE) if name in OPERATORS else Effect(Kind.UNKNOWN, f"calls operator.{name}")
 
 
 def _is_basic_index(index: Any) -> bool:
@@ -132,30 +115,76 @@ def _is_basic_index(index: Any) -> bool:
 def _method_effect(name: str, node: torch.fx.Node) -> Effect:
     plain = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     if plain != name:
-        if plain == "setitem" or (plain.startswith("i") and plain[1:] in _ARITHMETIC):
+        if plain == "setitem":
             return Effect(Kind.WRITES)
-        if plain in _OPERATORS or plain in _ARITHMETIC or (plain.startswith("r") and plain[1:] in _ARITHMETIC):
+        if plain.startswith("i") and plain[1:] in ARITHMETIC:
+            return Effect(Kind.WRITES, in_place=True)
+        if plain in OPERATORS or plain in ARITHMETIC or (plain.startswith("r") and plain[1:] in ARITHMETIC):
             return Effect(Kind.PURE)
         return Effect(Kind.UNKNOWN, f"calls .{name}()")
-    if name in _MAPPING_METHODS:
+    if name in MAPPING_METHODS:
         return Effect(Kind.FREE)
     if not hasattr(torch.Tensor, name):
         return Effect(Kind.UNKNOWN, f"calls .{name}()")
+    if name in IN_PLACE_ELSEWHERE and _may_be_part_of_the_batch(node.args[0]):
+        return Effect(Kind.WRITES, f"calls .{name}(), which an array or a list does in place")
     return _torch_effect(name, node)
 
 
+def _may_be_part_of_the_batch(value: Any) -> bool:
+    """Whether ``value`` is a leaf of the batch, which may be an array or a list, or a view or an item of one."""
+    while isinstance(value, torch.fx.Node) and value.op.startswith("call_") and value.args:
+        name = value.args[1] if value.target is getattr else getattr(value.target, "__name__", value.target)
+        if name not in VIEWS and name not in ("getitem", "__getitem__"):
+            return False
+        value = value.args[0]
+    return isinstance(value, torch.fx.Node) and value.op == "placeholder"
+
+
+def _registered_effect(target: Any, node: torch.fx.Node) -> Effect:
+    """Judge a call of an operator of ``torch.ops``."""
+    overloads = overloads_in(target)
+    if overloads[0].namespace == "aten":
+        name = overloads[0]._schema.name.removeprefix("aten::")
+        if name in ("sym_size", "sym_numel", "sym_stride"):
+            return Effect(Kind.FREE)
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return Effect(Kind.WRITES, in_place=_only_writes_its_first_argument(name))
+        private = name.startswith("_") and all(map(_is_plain_kernel, overloads))
+        return Effect(Kind.PURE) if private else _torch_effect(name, node)
+    for overload in overloads:
+        if draws(overload):
+            return Effect(Kind.RANDOM)
+        problem = judge_custom(overload)
+        if problem is not None:
+            return Effect(Kind.UNKNOWN, problem)
+    return Effect(Kind.PURE)
+
+
+def _is_plain_kernel(overload: torch._ops.OpOverload) -> bool:
+    """Whether an operator is a kernel of torch's, which keeps to its schema, and by that neither writes nor draws."""
+    schema = overload._schema
+    return bool(schema.returns) and not (schema.is_mutable or draws(overload) or is_composite(overload))
+
+
 def _torch_effect(name: str, node: torch.fx.Node) -> Effect:
-    if name in _VIEWS or name in _METADATA:
+    if name in VIEWS or name in METADATA:
         return Effect(Kind.FREE)
     if node.kwargs.get("requires_grad") is True:
         return Effect(Kind.UNKNOWN, "makes a leaf of the autograd graph")
     if node.kwargs.get("max_norm") is not None:
         return Effect(Kind.WRITES, "rows of the table are renormalised (max_norm)")
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+    if node.kwargs.get("out") is not None:
         return Effect(Kind.WRITES)
-    if name in _ALIKE:
+    if node.kwargs.get("inplace") is True:
+        return Effect(Kind.WRITES, in_place=_out_of_place_effect(name, node).kind is Kind.PURE)
+    return _out_of_place_effect(name, node)
+
+
+def _out_of_place_effect(name: str, node: torch.fx.Node) -> Effect:
+    if name in ALIKE:
         return Effect(Kind.PURE)
-    if _argument(node, *_SWITCHED_OFF.get(name, (None, 0))) in (False, 0.0):
+    if _argument(node, *SWITCHED_OFF.get(name, (None, 0))) in (False, 0.0):
         return Effect(Kind.PURE)
     return _schema_effect(name)
 
@@ -165,93 +194,47 @@ def _argument(node: torch.fx.Node, name: str | None, position: int) -> Any:
         return None
     if name in node.kwargs:
         return node.kwargs[name]
-    return node.args[position] if len(node.args) > position else _DEFAULTS.get(name)
+    return node.args[position] if len(node.args) > position else DEFAULTS.get(name)
 
 
 @functools.cache
 def _schema_effect(name: str) -> Effect:
     """Judge a torch operation by the schemas of all operators of its name."""
-    if name in _RANDOM_COMPOSITES:
+    if name in RANDOM_COMPOSITES:
         return Effect(Kind.RANDOM)
-    if name in ("batch_norm", "instance_norm"):  # composites: their schemas do not show that buffers are written
+    if name in NORMS_WITH_STATE:
         return Effect(Kind.WRITES, "may update running statistics")
-    if name.startswith("_") or name in _NOT_PURE:
+    if name.startswith("_") or name in NOT_PURE:
         return Effect(Kind.UNKNOWN, f"calls {name}")
     if name.endswith("_"):
-        return Effect(Kind.WRITES)
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
+        return Effect(Kind.WRITES, in_place=_only_writes_its_first_argument(name))
+    overloads = overloads_of(name)
+    if not overloads:
         return Effect(Kind.UNKNOWN, f"calls {name}")
-    for overload in (getattr(packet, key) for key in packet.overloads()):
-        if torch.Tag.nondeterministic_seeded in overload.tags:
+    for overload in overloads:
+        if draws(overload):
             return Effect(Kind.RANDOM)
         takes_tensor = any(str(argument.type) == "Tensor" for argument in overload._schema.arguments[:1])
-        if overload._schema.is_mutable and takes_tensor and "out" not in str(overload._overloadname):
+        if takes_tensor and any(_is_written(argument) for argument in overload._schema.arguments):
             return Effect(Kind.WRITES)
     return Effect(Kind.PURE)
 
 
-def is_exact(node: torch.fx.Node) -> bool:
-    """Whether a pure node gives the same bits however its elements are split among threads.
-
-    A sum of floats does not (its order changes), nor does a function such as exp, whose vector and scalar forms may
-    differ in the last bit. Selection, casts, comparisons, integer work and single IEEE operations do.
-    """
-    if getattr(node.target, "__torchstage_pure__", False):
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op != "call_module" and name.strip("_") in _EXACT
+def _is_written(argument: Any) -> bool:
+    """Whether an operator writes to an argument other than one for its result, which a call names."""
+    return argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out
 
 
-_EXACT = frozenset(
-    "add sub mul truediv div neg pos abs and or xor not invert eq ne lt le gt ge where clamp minimum maximum getitem "
-    "index_select gather take embedding one_hot cat concat stack to type float double half bfloat16 int long short byte char "
-    "bool bucketize searchsorted unique isin arange zeros ones full zeros_like ones_like full_like tensor as_tensor "
-    "from_numpy roll flip repeat repeat_interleave tril triu masked_fill clone bitwise_and bitwise_or bitwise_xor "
-    "logical_and logical_or logical_not lshift rshift sort argsort topk isnan isfinite sign floor ceil trunc round".split()
-)
-_TORCH_MODULES = frozenset(
-    "torch torch.functional torch.special torch.linalg torch.fft torch._C._nn torch._C._special torch._C._linalg "
-    "torch._C._fft torch._VF torch.nn.functional torch._tensor".split()
-)
-_ARITHMETIC = frozenset("add sub mul truediv floordiv mod pow and or xor lshift rshift matmul div concat".split())
-_OPERATORS = frozenset(
-    "add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift matmul neg pos abs invert not_ eq ne lt le gt ge "
-    "getitem index contains is_ is_not truth concat and or neg invert".split()
-)
-_METADATA = frozenset(
-    "shape dtype device ndim size dim numel nelement layout itemsize is_cuda is_sparse element_size is_floating_point "
-    "is_complex".split()
-)
-# Views (or, for reshape, contiguous and flatten, usually one): carrying them over the cut saves the step nothing.
-_VIEWS = frozenset(
-    "view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as transpose permute movedim "
-    "swapaxes t T mT H mH select narrow unbind split chunk tensor_split detach contiguous diagonal real imag data".split()
-)
-_MAPPING_METHODS = frozenset("get keys values items".split())
-# Python functions and methods of torch that are made of pure operators only but have no operator of their name.
-_ALIKE = frozenset(
-    "unique unique_consecutive normalize cosine_similarity pairwise_distance interpolate grid_sample affine_grid softmin "
-    "softsign tanhshrink local_response_norm lp_pool1d lp_pool2d cross_entropy triplet_margin_with_distance_loss "
-    "gaussian_nll_loss fold bfloat16 bool byte char double float half int long short type new_tensor tolist numpy item "
-    "as_tensor tensor from_numpy asarray unravel_index cpu logsigmoid is_tensor norm pad one_hot embedding embedding_bag "
-    "nbytes".split()
-)
-_NOT_PURE = frozenset("backward retain_grad set_data register_hook requires_grad_ data_ptr Size".split())
-_RANDOM_COMPOSITES = frozenset(
-    "gumbel_softmax fractional_max_pool2d fractional_max_pool3d fractional_max_pool2d_with_indices lstm gru rnn_tanh "
-    "rnn_relu dropout1d dropout2d dropout3d".split()
-)
-# Operations that draw or write only when an argument says so: (its name, its position in the functional form).
-_SWITCHED_OFF: dict[str, tuple[str | None, int]] = {
-    "dropout": ("training", 2),
-    "dropout1d": ("training", 2),
-    "dropout2d": ("training", 2),
-    "dropout3d": ("training", 2),
-    "alpha_dropout": ("training", 2),
-    "feature_alpha_dropout": ("training", 2),
-    "rrelu": ("training", 3),
-    "batch_norm": ("training", 5),
-    "scaled_dot_product_attention": ("dropout_p", 4),
-}
-_DEFAULTS = {"dropout_p": 0.0}
+def _only_writes_its_first_argument(name: str) -> bool:
+    """Whether the operators of an in-place name write their first argument, keep its shape, and do nothing else."""
+    overloads = overloads_of(name)
+    if not overloads or name.removesuffix("_") in NOT_PURE | RANDOM_COMPOSITES:
+        return False
+    return all(
+        [position for position, _ in written_arguments(overload)] == [0]
+        and not draws(overload)
+        and torch.Tag.inplace_view not in overload.tags
+        and len(overload._schema.returns) == 1
+        and name not in ("set_", "resize_", "resize_as_", "detach_", "requires_grad_", "share_memory_")
+        for overload in overloads
+    )

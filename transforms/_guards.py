@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchstage.transforms._capture import Capture, has_global_hooks, has_hooks
+from torchstage.transforms._capture import Capture, has_global_hooks, has_hooks, hooks_of
+from torchstage.transforms._effect_kinds import Kind
 from torchstage.transforms._mirror import MISSING
+from torchstage.transforms._module_effects import module_effect
 
 
 class Guards:
@@ -66,6 +68,11 @@ class Guards:
                 for key, value in vars(layer).items():
                     if is_scalar(value) and key != "training":
                         self._equal.append((vars(layer), key, value, f"{inner}.{key}"))
+                    elif isinstance(value, types.FunctionType):  # an activation
+                        self._same.append((vars(layer), key, value, f"{inner}.{key}"))
+        ahead = [part for path in capture.modules if _may_run_ahead(modules[path]) for part in modules[path].modules()]
+        self._hooks = [hooks for part in ahead for hooks in hooks_of(part)]
+        self._own = [vars(part) for part in ahead]
         self._missing: list[tuple[torch.nn.Module, str]] = []
         for path, name, value in capture.attributes:
             if value is MISSING:
@@ -89,6 +96,8 @@ class Guards:
         for module in self._inlined:
             if has_hooks(module) or "forward" in module.__dict__:
                 return "a hook or a forward was set on a submodule"
+        if any(self._hooks) or any("forward" in own for own in self._own):
+            return "a hook or a forward was set on a layer"
         if has_global_hooks() or "forward" in self._root.__dict__ or self._method in self._root.__dict__:
             return "a hook on all modules or a forward was set"
         if getattr(type(self._root), self._method, None) != self._entry:
@@ -162,6 +171,12 @@ def _watched(modules: dict[str, torch.nn.Module], capture: Capture) -> Iterable[
         frozen = inside and not any(parameter.requires_grad for parameter in module.parameters())
         if frozen or (not inside and (path in capture.inlined or isinstance(module, _CONTAINERS))):
             yield path, module
+
+
+def _may_run_ahead(module: torch.nn.Module) -> bool:
+    """Whether the stage may call ``module`` as a whole."""
+    frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    return frozen and module_effect(module).kind in (Kind.PURE, Kind.FREE, Kind.WRITES)
 
 
 def _is_librarys(value: object) -> bool:

@@ -17,5 +17,10 @@ def twin(module: torch.nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]
     own["_parameters"] = {name: None if t is None else tensor(t) for name, t in module._parameters.items()}
     own["_buffers"] = {name: None if t is None else tensor(t) for name, t in module._buffers.items()}
     own["_modules"] = {name: None if m is None else twin(m, tensor) for name, m in module._modules.items()}
+    for name in _HOOKS:
+        own[name] = own[name].copy()
     object.__setattr__(copy, "__dict__", own)
     return copy
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -9,7 +9,8 @@ import torch.fx
 from torchstage import markers
 from torchstage._structure import memory_of
 from torchstage.transforms._capture import Capture
-from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact
+from torchstage.transforms._effect_memory import shared_with, written_by
+from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact, is_metadata
 from torchstage.transforms._lookups import Form, Lookup, find_lookup
 from torchstage.transforms._plan import Reason
 
@@ -29,8 +30,9 @@ class Verdict:
 class Judge:
     """One pass over the graph in order. ``roots`` of a value are the memories it may share, as a bit mask.
 
-    Any operation may return a view of any of its inputs, so a value's roots are those of all its inputs; an operation
-    without inputs is a root itself. A write to a value is a write to all its roots.
+    An operation that is known to return memory of its own is a root itself; of every other one the roots are those of the
+    inputs whose memory it may return (`shared_with`), all of them if nothing is known. A write to a value is a write to
+    all its roots.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Judge:
         for node in nodes:
             self._dirty_before[node] = dirty
             self._verdicts[node] = self._judge(node, dirty)
+            if self._verdicts[node].lifted:  # it writes, if at all, what nobody else can see
+                continue
             for bit in _bits_of(self._writes_of(node) & ~dirty):
                 self._dirty[bit] = node
             dirty |= self._writes_of(node)
@@ -89,22 +93,54 @@ class Judge:
         lookup = find_lookup(node, self.capture) if node.op.startswith("call_") else None
         if isinstance(lookup, Lookup) and lookup.form is not Form.INDEX:  # weight[3] is a view; the others copy rows
             return self._bit(node)
-        roots = 0
-        for source in node.all_input_nodes:
-            roots |= self._roots[source]
-        for _, tensor in self._own_state(node):
-            roots |= self._bit(memory_of(tensor))
         if node.op == "get_attr" and str(node.target) in self.capture.arrays:
             return self._bit(("array", node.target))
-        return roots or self._bit(node)
+        shared = shared_with(node, self._effects[node], self.capture.modules) if node.op.startswith("call_") else None
+        if shared is not None:
+            return self._roots_of_all(shared) or self._bit(node)
+        return (self._roots_of_all(node.all_input_nodes) | self._bits_of_state(node)) or self._bit(node)
 
     def _writes_of(self, node: torch.fx.Node) -> int:
-        kind = self._effects[node].kind
-        if kind in (Kind.WRITES, Kind.UNKNOWN):
-            return self._roots[node]
-        if kind is Kind.UPDATES:
-            return sum({self._bit(memory_of(tensor)) for _, tensor in self._own_state(node)})
-        return 0
+        effect = self._effects[node]
+        if effect.kind in (Kind.WRITES, Kind.UNKNOWN):
+            return self._roots_of_all(written_by(node, effect)) | self._bits_of_state(node)
+        return self._bits_of_state(node) if effect.kind is Kind.UPDATES else 0
+
+    def _is_private_write(self, node: torch.fx.Node) -> bool:
+        """Whether ``node`` writes in place, and only it and what takes its result can see that.
+
+        So it is if its target's memory was made by the forward, is handed on from one operation to the next, and is held
+        by none of them besides: then the write orders nothing but what the graph orders already.
+        """
+        effect = self._effects[node]
+        if effect.kind is not Kind.WRITES or not effect.in_place or self.capture.rung == "recorded":
+            return False
+        written = written_by(node, effect)
+        roots = self._roots_of_all(written)
+        others = [source for source in node.all_input_nodes if source not in written]
+        if len(written) != 1 or roots & (roots - 1) or roots & self._roots_of_all(others) or self._bits_of_state(node):
+            return False
+        while written:  # up to the operation that made the memory
+            holder = written[0]
+            seen_by = sum(not is_metadata(user) for user in holder.users)
+            if seen_by != 1 or not holder.op.startswith("call_") or self._effects[holder].kind not in _CHAINED:
+                return False
+            written = [source for source in holder.all_input_nodes if self._roots[source] & roots]
+            if len(written) > 1:
+                return False
+        return True
+
+    def _roots_of_all(self, nodes: Iterable[torch.fx.Node]) -> int:
+        roots = 0
+        for node in nodes:
+            roots |= self._roots[node]
+        return roots
+
+    def _bits_of_state(self, node: torch.fx.Node) -> int:
+        bits = 0
+        for _, tensor in self._own_state(node):
+            bits |= self._bit(memory_of(tensor))
+        return bits
 
     def _bit(self, key: object) -> int:
         return 1 << self._bits.setdefault(key, len(self._bits))
@@ -123,23 +159,24 @@ class Judge:
         effect = self._effects[node]
         if node.name in self.capture.varying:
             return Verdict(effect, Reason.VARIES)
-        if effect.kind in _BY_KIND:
+        if effect.kind in _BY_KIND and not self._is_private_write(node):
             return Verdict(effect, _BY_KIND[effect.kind], effect.detail)
         own = self._judge_state(node, effect)
         if own is not None:
             return own
         for source in node.all_input_nodes:
             verdict = self._verdicts[source]
-            if not verdict.lifted and not (source.op == "get_attr" and _is_metadata(node)):
+            if not verdict.lifted and not (source.op == "get_attr" and is_metadata(node)):
                 return _inherit(source, verdict, effect)
         if not node.op.startswith("call_"):
             return Verdict(effect, Reason.PREFIX)
         if not node.all_input_nodes and self._roots[node] & self._written:
             return Verdict(effect, Reason.FILLED)
-        stained = self._roots[node] & dirty
+        reads = 0 if is_metadata(node) else self._roots_of_all(node.all_input_nodes)
+        stained = (self._roots[node] | reads) & dirty
         if stained:
             return Verdict(effect, Reason.AFTER_WRITE, cause=self._dirty[stained & -stained])
-        if self._exact_only and effect.kind is Kind.PURE and not is_exact(node):
+        if self._exact_only and effect.kind in (Kind.PURE, Kind.WRITES) and not is_exact(node):
             return Verdict(effect, Reason.THREADS)
         return Verdict(effect, Reason.PREFIX)
 
@@ -186,11 +223,7 @@ def _bits_of(mask: int) -> Iterable[int]:
         mask ^= low
 
 
-def _is_metadata(node: torch.fx.Node) -> bool:
-    """Whether the node asks its input for its shape, dtype or device, which training does not change."""
-    return node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")
-
-
+_CHAINED = (Kind.PURE, Kind.FREE, Kind.WRITES)
 _BY_KIND = {
     Kind.RANDOM: Reason.RANDOM,
     Kind.WRITES: Reason.WRITES,
