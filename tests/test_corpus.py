@@ -15,11 +15,6 @@ from tests.corpus.run import OWN, PACKAGES, load, run
 
 OURS = load(OWN)
 
-# What other parts are to bring; strict, so that an entry goes when its model works.
-NOT_YET = {
-    "CalculateLoss": "smart_stage has no method= yet",
-}
-
 
 def assert_fine(finding: Finding) -> None:
     assert finding.equal == "yes", finding
@@ -27,13 +22,7 @@ def assert_fine(finding: Finding) -> None:
     assert finding.staged or finding.why, f"silently unstaged: {finding}"
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(e, id=e.name, marks=[pytest.mark.xfail(reason=NOT_YET[e.name])] if e.name in NOT_YET else [])
-        for e in OURS
-    ],
-)
+@pytest.mark.parametrize("entry", OURS, ids=lambda entry: entry.name)
 def test_own(entry: Entry) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # such as torch's on what is a prototype

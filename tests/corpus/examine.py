@@ -1,7 +1,6 @@
 """Train one model of the corpus plain, plain again and staged, and say whether the numbers are the same."""
 
 import dataclasses
-import inspect
 import random
 import warnings
 from collections.abc import Iterable
@@ -110,9 +109,13 @@ def _plain(entry: Entry) -> list[Record]:
 
 
 def _staged(entry: Entry) -> tuple[list[Record], torchstage.StagedDataLoader]:
-    options: dict[str, Any] = {"num_threads": 2, "capacity": 2, "lookups": "exact", "inputs": entry.arguments}
-    if entry.method != "forward" and "method" in inspect.signature(torchstage.smart_stage).parameters:
-        options["method"] = entry.method
+    options: dict[str, Any] = {
+        "num_threads": 2,
+        "capacity": 2,
+        "lookups": "exact",
+        "inputs": entry.arguments,
+        "method": entry.method,
+    }
     model = _new(entry)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EmptyStageWarning)
@@ -192,7 +195,7 @@ def _figures(loader: torchstage.StagedDataLoader) -> dict[str, Any]:
         "lookups": sum(len(table.ahead) + len(table.kept) for table in plan.tables),
         "staged": stats.staged_steps,
         "steps": stats.batches,
-        "rung": "" if plan.uncaptured else str(getattr(plan, "rung", "traced")),
+        "rung": "" if plan.uncaptured else plan.rung,
     }
     return {**figures, "why": _why(plan, stats)}
 
@@ -200,10 +203,9 @@ def _figures(loader: torchstage.StagedDataLoader) -> dict[str, Any]:
 def _why(plan: Plan, stats: Stats) -> str:
     if plan.why_empty():
         return plan.why_empty()
-    obstacle = getattr(plan, "obstacle", "")
     counts = [f"{reason} ({count})" for reason, count in stats.fallbacks.items()]
     parts = [f"`{path}` is called as a whole: {why}" for path, why in plan.opaque]
-    parts = [obstacle, *parts] if obstacle else parts
+    parts = [plan.obstacle, *parts] if plan.obstacle else parts
     return "; ".join(([f"fallbacks: {', '.join(counts)}"] if counts else []) + parts)
 
 
