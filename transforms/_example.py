@@ -94,7 +94,7 @@ class Example:
     def _evaluate(self, node: torch.fx.Node) -> Any:
         if node.op == "placeholder":
             leaf = self._leaves[str(node.target)]
-            return _Text(len(leaf)) if is_text_leaf(leaf) else leaf
+            return Text(len(leaf)) if is_text_leaf(leaf) else leaf
         if node.op == "get_attr":
             return self._state[str(node.target)]
         try:
@@ -174,7 +174,7 @@ class _Unknown(NamedTuple):
     why: str
 
 
-class _Text:
+class Text:
     """Stands for a column of text: its rows are contents."""
 
     def __init__(self, rows: int) -> None:

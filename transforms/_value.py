@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch.fx.graph import inplace_methods, magic_methods, reflectable_magic_methods
 
+from torchstage.transforms._example import Text
 from torchstage.transforms._frames import user_line
 from torchstage.transforms._kinds import result_type
 from torchstage.transforms._mirror import UntraceableError
@@ -90,15 +91,18 @@ class Value:
                 [operator.getitem(self, position) for position in range(self._names_on_the_left(sys._getframe(1)))]
             )
         count = len(self)
-        if count > _MOST_PARTS:
+        if count > _MOST_PARTS or isinstance(known, Text):
             raise UntraceableError(f"forward loops over the {count:,} parts of `{self.node.name}`, {user_line()}")
         parts: Any = self.unbind(0) if isinstance(known, torch.Tensor) else self  # as a tensor's own iterator does
         return iter([parts[position] for position in range(count)])
 
     def __hash__(self) -> int:
-        if isinstance(self.tracer.known(self.node), (int, float, str, tuple, torch.SymInt, torch.SymFloat)):
-            raise TypeError("a traced size cannot be looked up, its value is that of one batch")
-        return id(self)
+        known = self.tracer.known(self.node)
+        if isinstance(known, torch.Tensor):
+            return id(self)  # tensors are told by identity too
+        if known is None:
+            raise UntraceableError(f"forward looks `{self.node.name}` up, which depends on contents, {user_line()}")
+        raise TypeError("a traced size cannot be looked up, its value is that of one batch")
 
     def _names_on_the_left(self, frame: types.FrameType) -> int:
         """Return how many names an assignment unpacks the value to, which is how many parts it should have."""
