@@ -73,6 +73,9 @@ class Core:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
                 return self.model.forward(*args, **kwargs)
             ticket.owner.recorder.step()
+            verifier = ticket.owner.verifier
+            if verifier is not None and verifier.due(ticket.staging.parts):
+                return verifier.run(ticket, leaves, spec)
             return ticket.run(leaves)
         finally:
             ticket.used()

@@ -21,6 +21,7 @@ from torchstage.errors import EmptyStageWarning, FallbackWarning
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.loaders._tickets import Ticket
+from torchstage.loaders._verify import Verifier
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
@@ -58,6 +59,7 @@ class Stager:
         recorder: Recorder,
     ) -> None:
         self.recorder = recorder
+        self.verifier = Verifier(model, options.verify, recorder) if options.verify else None
         self._model = model
         self._options = options
         self._binder = binder

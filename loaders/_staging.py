@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from torchstage._mode import Mode
+from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
@@ -66,6 +66,7 @@ class Parts:
         options: SmartStageOptions,
         recorder: Recorder,
     ) -> None:
+        self.capture = capture
         self.in_spec = capture.in_spec
         self.constants = capture.constants
         effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
@@ -96,6 +97,11 @@ class Parts:
         self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
+
+    @property
+    def ambient(self) -> Ambient:
+        """The settings that the stage runs under."""
+        return self._ambient
 
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         """Say why a call with these leaves is not the one that was captured, or None."""
