@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchstage._structure import TreeSpec, flatten, unflatten
 from torchstage.loaders._differences import difference
@@ -140,6 +143,7 @@ class Plain:
     """
 
     def __init__(self, model: torch.nn.Module, capture: Capture, leaves: Sequence[Any], spec: TreeSpec) -> None:
+        _check_checkpoint()
         _check_hooks(model, capture)
         _check_ranks(model, capture)
         self._model = model
@@ -275,7 +279,16 @@ def _leaves_of(heads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) ->
 def _cotangent(head: torch.Tensor, number: int) -> torch.Tensor:
     """Return what a loss might send back for output ``number``: of its shape and dtype, the same in every run."""
     generator = torch.Generator().manual_seed(number)
-    return torch.randn(head.shape, generator=generator, dtype=head.dtype, device="cpu").to(head.device)
+    with _disable_current_modes():  # a watch shall not see it draw
+        return torch.randn(head.shape, generator=generator, dtype=head.dtype, device="cpu").to(head.device)
+
+
+def _check_checkpoint() -> None:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise CannotVerifyError("it is called inside an activation checkpoint, which counts what a forward saves")
+        frame = frame.f_back
 
 
 def _check_hooks(model: torch.nn.Module, capture: Capture) -> None:
