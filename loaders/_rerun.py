@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchstage._structure import TreeSpec, flatten, unflatten
@@ -18,12 +16,13 @@ from torchstage.loaders._twin import (
     Twin,
     Watch,
     WriteSeen,
+    check_repeatable,
     copy_leaf,
     copy_tree,
     devices_of,
     without_hooks,
 )
-from torchstage.transforms._capture import Capture, has_hooks
+from torchstage.transforms._capture import Capture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +142,7 @@ class Plain:
     """
 
     def __init__(self, model: torch.nn.Module, capture: Capture, leaves: Sequence[Any], spec: TreeSpec) -> None:
-        _check_checkpoint()
-        _check_hooks(model, capture)
-        _check_ranks(model, capture)
+        check_repeatable(model, capture)
         self._model = model
         self._spec = spec
         self._given = list(leaves)
@@ -283,39 +280,6 @@ def _cotangent(head: torch.Tensor, number: int) -> torch.Tensor:
         return torch.randn(head.shape, generator=generator, dtype=head.dtype, device="cpu").to(head.device)
 
 
-def _check_checkpoint() -> None:
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            raise CannotVerifyError("it is called inside an activation checkpoint, which counts what a forward saves")
-        frame = frame.f_back
-
-
-def _check_hooks(model: torch.nn.Module, capture: Capture) -> None:
-    for path, module in model.named_modules():
-        tables = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-        for hook in [hook for table in tables for hook in table.values()] if path and has_hooks(module) else []:
-            if not f"{getattr(hook, '__module__', '')}.".startswith("torch."):
-                raise CannotVerifyError(f"a hook of `{path}` would run more often than in the plain loop")
-    for node in capture.graph.nodes:
-        if node.op == "call_method" and node.target in _LASTING:
-            raise CannotVerifyError(f"`{node.name}` calls {node.target}, which would see more backwards than one")
-
-
-def _check_ranks(model: torch.nn.Module, capture: Capture) -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    homes = [type(module).__module__ for module in capture.modules.values()]
-    homes += [str(getattr(node.target, "__module__", "")) for node in capture.graph.nodes]
-    if any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) or any(
-        not home.startswith(("torch.nn.modules.", "torch.nn.functional", "torch._", "_operator", "builtins"))
-        and home not in ("", "torch", "torchstage.ops", "torchstage.markers")
-        for home in homes
-    ):
-        raise CannotVerifyError("it may talk to other ranks, which need not verify the same steps")
-
-
 def _records(value: Any) -> bool:
     return _is_tensor(value) and value.requires_grad
 
@@ -325,4 +289,3 @@ def _is_tensor(value: Any) -> bool:
 
 
 _MOST_RESTARTS = 4
-_LASTING = ("retain_grad", "register_hook", "register_post_accumulate_grad_hook")

@@ -6,6 +6,7 @@ forward writes itself, as ``max_norm`` does, are found by a watch that stops bef
 
 import contextlib
 import copy
+import inspect
 import random
 import types
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -13,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from torchstage._structure import hand_out, is_constant, is_text_leaf, map_leaves, memory_of
+from torchstage.transforms._capture import Capture, has_hooks
 
 
 class CannotVerifyError(Exception):
@@ -235,5 +238,50 @@ def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
             tensor._backward_hooks = hooks
 
 
+def check_repeatable(model: torch.nn.Module, capture: Capture) -> None:
+    """Refuse a forward that somebody else would see run twice.
+
+    Raises:
+        CannotVerifyError: a checkpoint, a hook of the user's or another rank would.
+    """
+    _check_checkpoint()
+    _check_hooks(model, capture)
+    _check_ranks(model, capture)
+
+
+def _check_checkpoint() -> None:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise CannotVerifyError("it is called inside an activation checkpoint, which counts what a forward saves")
+        frame = frame.f_back
+
+
+def _check_hooks(model: torch.nn.Module, capture: Capture) -> None:
+    for path, module in model.named_modules():
+        tables = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        for hook in [hook for table in tables for hook in table.values()] if path and has_hooks(module) else []:
+            if not f"{getattr(hook, '__module__', '')}.".startswith("torch."):
+                raise CannotVerifyError(f"a hook of `{path}` would run more often than in the plain loop")
+    for node in capture.graph.nodes:
+        if node.op == "call_method" and node.target in _LASTING:
+            raise CannotVerifyError(f"`{node.name}` calls {node.target}, which would see more backwards than one")
+
+
+def _check_ranks(model: torch.nn.Module, capture: Capture) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    homes = [type(module).__module__ for module in capture.modules.values()]
+    homes += [str(getattr(node.target, "__module__", "")) for node in capture.graph.nodes]
+    if any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) or any(
+        not home.startswith(("torch.nn.modules.", "torch.nn.functional", "torch._", "_operator", "builtins"))
+        and home not in ("", "torch", "torchstage.ops", "torchstage.markers")
+        for home in homes
+    ):
+        raise CannotVerifyError("it may talk to other ranks, which need not verify the same steps")
+
+
 _TORCHS = ("aten", "prims", "prim")
 _STATISTICS = ("running_mean", "running_var")
+_LASTING = ("retain_grad", "register_hook", "register_post_accumulate_grad_hook")
