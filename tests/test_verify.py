@@ -333,6 +333,20 @@ def test_a_write_that_leaves_no_version_is_found_at_the_value_that_was_made_befo
     loader.close()
 
 
+def test_a_model_that_draws_is_searched_from_the_same_random_state() -> None:
+    model: Any = Clicks()
+    staged, loader = smart_stage(model, click_loader(), verify=ALL, lookups="main")
+    batches = iter(loader)
+    staged(*next(batches)[:2])
+    dense, ids, _ = next(batches)
+    model.mean.data[1] += 0.25
+    after = copy.deepcopy(model.seen) + len(dense)
+    error = fail(staged, dense, ids)
+    assert error.node == "log1p"
+    assert torch.equal(model.seen, after)
+    loader.close()
+
+
 _factor = {"of": 2.0}
 
 
