@@ -47,16 +47,16 @@ class GraphParts(Parts):
         options: SmartStageOptions,
         recorder: Recorder,
     ) -> None:
-        lifted: Lifted = lift(capture, plan)
-        super().__init__(capture, lifted, mode, options, recorder)
+        self.lifted: Lifted = lift(capture, plan)
+        super().__init__(capture, self.lifted, mode, options, recorder)
         self._guards = Guards(model, capture)
         self._decisions = capture.decisions
         modules = {**dict(model.named_modules()), **capture.outside}
         self._assigned = [(modules[path], name) for path, name in capture.assigned]
         self._out_spec = capture.out_spec
-        self._main_inputs = lifted.main.inputs
-        self._main: Callable[..., list[Any]] = lifted.main.module.forward
-        self._plain: Callable[..., list[Any]] = lifted.plain.module.forward
+        self._main_inputs = self.lifted.main.inputs
+        self._main: Callable[..., list[Any]] = self.lifted.main.module.forward
+        self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
 

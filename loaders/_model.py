@@ -83,7 +83,11 @@ class Core:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
                 return ticket.owner.run_original(ticket, call, leaves, spec)
             ticket.owner.recorder.step()
-            result = ticket.run(leaves, call)
+            verifier = ticket.owner.verifier
+            if verifier is not None and verifier.due(ticket.staging.parts):
+                result = verifier.run(ticket, leaves, spec, call)
+            else:
+                result = ticket.run(leaves, call)
             ticket.owner.ran(ticket, leaves, spec)
             return result
         finally:

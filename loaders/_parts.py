@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from torchstage._memory import share_memory
-from torchstage._mode import Mode
+from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, is_tracked
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
@@ -30,6 +30,7 @@ class Parts(abc.ABC):
     """What is done ahead of a step, and how the step is done with it.
 
     Attributes:
+        capture: the captured forward.
         in_spec: the structure of the call that was captured.
         inputs: the positions of the leaves that are read ahead.
         reads: the model's tensors that the stage reads, with their names.
@@ -50,6 +51,7 @@ class Parts(abc.ABC):
     def __init__(
         self, capture: Capture, ahead: Ahead, mode: Mode, options: SmartStageOptions, recorder: Recorder
     ) -> None:
+        self.capture = capture
         self.in_spec = capture.in_spec
         self.reads = _state_reads(ahead.stage.module, capture)
         lag = options.most_batches
@@ -74,6 +76,11 @@ class Parts(abc.ABC):
         self._ambient = mode.ambient
         self._ahead = ahead
         self._stage: Callable[..., list[Any]] = ahead.stage.module.forward
+
+    @property
+    def ambient(self) -> Ambient:
+        """The settings that the stage runs under."""
+        return self._ambient
 
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         """Say why a call with these leaves is not the one that was captured, or None."""

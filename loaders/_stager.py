@@ -25,6 +25,7 @@ from torchstage.loaders._rungs import capture_whole
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.loaders._tickets import Ticket
+from torchstage.loaders._verify import Verifier
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
@@ -61,6 +62,7 @@ class Stager:
         recorder: Recorder,
     ) -> None:
         self.recorder = recorder
+        self.verifier = Verifier(model, options.verify, recorder) if options.verify else None
         self._model = model
         self._options = options
         self._binder = binder

@@ -66,6 +66,16 @@ class Ticket:
         """Bytes of the staged values."""
         return bytes_of(self._values)
 
+    @property
+    def values(self) -> Sequence[Any]:
+        """What the stage returned."""
+        return self._values
+
+    @property
+    def rows(self) -> Sequence[Rows]:
+        """The rows that were gathered ahead."""
+        return self._rows
+
     def refuse(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[str, Any] | None:
         """Return None if the values may be used for this call by this thread, else (reason, what it is about)."""
         if not self._is_mine(leaves) or (spec is not self.spec and spec != self.spec):
@@ -91,11 +101,11 @@ class Ticket:
         broken = parts.changed() if parts is not None else "nothing staged"
         return None if broken is None else ("model changed", broken)
 
-    def run(self, leaves: Sequence[Any], call: Call) -> Any:
-        """Run the step of a call that was not refused."""
+    def run(self, leaves: Sequence[Any], call: Call, rows: Sequence[Any] | None = None) -> Any:
+        """Run the step of a call that was not refused; ``rows`` may stand in for the ticket's own."""
         parts = self.staging.parts
         assert parts is not None
-        result, given = parts.run_main(leaves, self._values, self._rows, call)
+        result, given = parts.run_main(leaves, self._values, self._rows if rows is None else rows, call)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
         if (
             parts.once

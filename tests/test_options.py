@@ -34,6 +34,7 @@ NAMES_AND_DEFAULTS = {
     "max_capacity": 16,
     "max_num_threads": 8,
     "warm_start": None,
+    "verify": 0,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"

@@ -5,6 +5,7 @@
     |-- BindingError (TypeError)           a batch does not fit the model's forward
     |-- MarkError (ValueError)             a manual mark cannot be honoured, or two of them contradict
     |-- PutTimeoutError (TimeoutError)     a staged batch found no room in time, with on_timeout="raise"
+    |-- VerificationError                  verify=N: a staged forward or backward is not the plain one
     |-- BatchOverwrittenError              the user's loader wrote into a batch that was still waiting
     `-- ChannelError                       the channel's end states; a training loop never sees one
         |-- ChannelCancelled
@@ -13,6 +14,7 @@
     TorchstageWarning (UserWarning)
     |-- EmptyStageWarning                  nothing can be staged: batches are still prefetched
     |-- FallbackWarning                    a step used the original forward; once per reason
+    |-- VerificationWarning                verify=N: a step cannot be compared
     `-- DroppedBatchWarning                a batch was dropped on purpose; once per reason
 
 Exceptions of the user's loader, data set and model are never wrapped: they arrive with their own type and traceback,
@@ -46,6 +48,22 @@ class BatchOverwrittenError(TorchstageError):
     """The user's loader wrote into the memory of a batch that was still waiting for its step."""
 
 
+class VerificationError(TorchstageError):
+    """With ``verify=N``: the staged forward or backward gave something else than the plain one.
+
+    Attributes:
+        node: name of the first operation that differs, as the plan prints it; None if it is not known.
+        source: ``file:line`` of its code; empty if it is not known.
+        path: path of the module whose forward has it; empty for the model itself.
+    """
+
+    def __init__(self, message: str, node: str | None = None, source: str = "", path: str = "") -> None:
+        super().__init__(message)
+        self.node = node
+        self.source = source
+        self.path = path
+
+
 class ChannelError(TorchstageError):
     """Root of the channel's end states."""
 
@@ -68,6 +86,10 @@ class EmptyStageWarning(TorchstageWarning):
 
 class FallbackWarning(TorchstageWarning):
     """A step ran the original forward instead of the staged one. Same numbers, no overlap."""
+
+
+class VerificationWarning(TorchstageWarning):
+    """With ``verify=N``: staged steps cannot be compared with plain ones, and why."""
 
 
 class DroppedBatchWarning(TorchstageWarning):

@@ -103,6 +103,12 @@ class SmartStageOptions:
     warm_start: str | os.PathLike[str] | None = None
     """A file that ``loader.model.save(path)`` wrote: begin with what was chosen there, within the bounds."""
 
+    verify: int = 0
+    """How many of the first staged steps of each capture are compared with the plain forward and backward, bit for bit;
+    after them every 1000th staged step is. A difference is a `VerificationError` that names the first operation that
+    differs; ``stats.verified`` counts the steps that were equal. The run's numbers stay the same. A compared step runs the
+    model three times more, on a copy that shares the parameters, and keeps its graph for a second backward. 0: none."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
@@ -127,6 +133,12 @@ class SmartStageOptions:
                 raise OptionError(
                     f'max_staleness needs lookups="stale": other modes have no stale rows. Found: {self.lookups!r}.'
                 )
+        if self.verify and (self.lookups == "stale" or self.num_clients > 1):
+            raise OptionError(
+                'verify needs lookups to be "auto", "exact" or "main", since stale ones differ by design, and num_clients=1, '
+                "since other clients change the model while one is compared. "
+                f"Found: lookups={self.lookups!r}, num_clients={self.num_clients}."
+            )
         _require("graph", self.graph, _is_graph, "must be None or a torch.fx.GraphModule captured from the model")
         for name in ("closed_exception_types", "ignored_exception_types"):
             rule = "must be a tuple of exception classes, for example (ValueError,)"
@@ -186,6 +198,7 @@ _LEAST = {
     "timeout_millis": 1,
     "cpu_budget": 0,
     "ram_budget": 0,
+    "verify": 0,
     "max_capacity": 1,
     "max_num_threads": 1,
     "stage_subgraph_thread_pool_id": 0,

@@ -202,6 +202,9 @@ class Stats:
     tuning: Tuning | None = None
     """What was tuned, when and why; None where ``num_threads`` and ``capacity`` are fixed."""
 
+    verified: int = 0
+    """With ``verify=N``: staged steps that were compared with the plain ones, and were equal in every bit."""
+
     def __str__(self) -> str:
         lines = [
             f"stage {self.name}: {self.batches} batches, {self.staged_steps} staged steps",
@@ -214,6 +217,9 @@ class Stats:
         ]
         lines += [f"  table `{name}`: {figures}" for name, figures in self.tables.items()]
         lines += [f"  tuned:             {self.tuning}"] if self.tuning is not None else []
+        lines += (
+            [f"  verified:          {self.verified} staged steps were equal to plain ones"] if self.verified else []
+        )
         return "\n".join(lines)
 
 
@@ -227,6 +233,7 @@ class Recorder:
         self._stage = _Times()
         self._read = _Times()
         self._staged_steps = 0
+        self._verified = 0
         self._occupancy = 0.0
         self._fallbacks: collections.Counter[str] = collections.Counter()
         self._drops: collections.Counter[str] = collections.Counter()
@@ -256,6 +263,11 @@ class Recorder:
         """Record a forward that used staged values."""
         with self._lock:
             self._staged_steps += 1
+
+    def verify(self) -> None:
+        """Record a staged forward that was equal to the plain one."""
+        with self._lock:
+            self._verified += 1
 
     def fallback(self, reason: str) -> None:
         """Record a forward that ran the original model."""
@@ -318,6 +330,7 @@ class Recorder:
                 drops=types.MappingProxyType(dict(self._drops)),
                 tables=tables,
                 tuning=tuning,
+                verified=self._verified,
             )
 
 
