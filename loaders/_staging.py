@@ -12,6 +12,7 @@ from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, is_tracked, memory_of, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._measure import Timings
 from torchstage.loaders._policy import Policy
 from torchstage.loaders._rows import Rows, gather
 from torchstage.loaders._sites import Site
@@ -54,6 +55,8 @@ class Parts:
         pool: where independent branches run; None for the calling thread.
         options: where rows of trained tables are gathered.
         recorder: where the figures of lookups go.
+        base: parts of another plan of the same capture, whose guards and policy these share: what the model was like at
+            capture is not to be looked up again later.
     """
 
     def __init__(
@@ -65,12 +68,17 @@ class Parts:
         pool: StageThreadPool | None,
         options: SmartStageOptions,
         recorder: Recorder,
+        base: "Parts | None" = None,
     ) -> None:
+        self.timings: Timings | None = None
+        """Clocks of the operations; None while nothing is measured."""
+        self.on_step: Callable[[], None] | None = None
+        """Told that a step begins with values of these parts."""
         self.in_spec = capture.in_spec
         self.constants = capture.constants
         effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
         self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
-        self._guards = Guards(model, capture)
+        self._guards: Guards = Guards(model, capture) if base is None else base._guards
         self.lifted: Lifted = lift(capture, plan)
         self.reads: tuple[tuple[str, torch.Tensor], ...] = _state_reads(self.lifted.stage.module, capture)
         lag = options.most_batches
@@ -87,7 +95,7 @@ class Parts:
         )
         self.inputs = tuple(sorted({*self.lifted.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
         """The positions of the leaves that are read ahead."""
-        self._policy = Policy(options.lookups, lag)
+        self._policy: Policy = Policy(options.lookups, lag) if base is None else base._policy
         self._leaf_count = capture.in_spec.num_leaves
         self._out_spec = capture.out_spec
         self._ambient = mode.ambient
@@ -96,6 +104,11 @@ class Parts:
         self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no trial of the lookups is under way."""
+        return not self.sites or self._policy.settled
 
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         """Say why a call with these leaves is not the one that was captured, or None."""
@@ -133,10 +146,11 @@ class Parts:
         inputs = [leaves[position] for position in self.lifted.stage.inputs]
         set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
-            if self._pool is not None and len(self._tasks) > 1:
+            timings = self.timings
+            if self._pool is not None and len(self._tasks) > 1 and timings is None:
                 return self._run_tasks(self._pool.executor, leaves)
             try:
-                return self._stage(*inputs)
+                return self._stage(*inputs) if timings is None else timings.run(inputs)
             except Exception as error:
                 add_note(error, f"in the stage graph of torchstage, {_locate(self.lifted.stage.module, inputs)}")
                 raise
@@ -160,6 +174,8 @@ class Parts:
         """
         if self.sites:
             self._policy.step(any(part.gathered for part in rows))
+        if (on_step := self.on_step) is not None:
+            on_step()
         grad = torch.is_grad_enabled()
         inputs = [leaves[position] for position in self.lifted.main.inputs]
         try:

@@ -32,6 +32,34 @@ class Reason(enum.Enum):
     FREE = "costs nothing, so carrying it would save nothing"
     DEPENDS = "depends on work of the step"
     LOOKUP = "gathers rows of a trained table, which are gathered ahead and repaired in the step"
+    CHEAP = "is cheaper to compute in the step than to stage"
+    INFLATES = "makes its result larger than what it takes, so the step computes it"
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeCost:
+    """What an operation was measured to cost: the medians of a few batches.
+
+    Attributes:
+        stage_s: seconds on the stage's thread.
+        main_s: seconds that it would take in the step: the processor's time of the same call, without waits.
+        nbytes: bytes that the step would read of its result, were it carried.
+    """
+
+    stage_s: float
+    main_s: float
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Seconds from batch to batch with the largest stage, and with the one that the costs propose."""
+
+    largest: float
+    proposed: float
+
+    def __str__(self) -> str:
+        return f"{self.largest * 1e3:.2f} ms with the largest stage, {self.proposed * 1e3:.2f} ms with the cheapest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +75,7 @@ class NodePlan:
         reason: why.
         detail: what exactly, for example the parameter's name; may be empty.
         cause: name of the node that the decision follows from; None if it is this node itself.
+        cost: what it was measured to cost; None before that, and where it cannot be lifted.
     """
 
     name: str
@@ -57,6 +86,7 @@ class NodePlan:
     reason: Reason
     detail: str
     cause: str | None
+    cost: NodeCost | None = None
 
     def why(self) -> str:
         """Return the reason as a sentence."""
@@ -126,6 +156,10 @@ class Plan:
         opaque: submodules that are called as a whole because they could not be captured, and why.
         uncaptured: why nothing was captured at all; empty if something was.
         tables: the decision on each trained table that the forward looks up.
+        again: names of the lifted nodes that the step computes too, since that is cheaper than to carry their values.
+        planner: the rule that decided: ``"max"`` lifts the largest set, ``"cost"`` the one with the shortest step.
+        predicted: the time of a step by the measured costs; None before they are known.
+        measured: the time of a step as it was seen; None where the two stages were not tried against each other.
     """
 
     model: str
@@ -135,6 +169,10 @@ class Plan:
     opaque: tuple[tuple[str, str], ...] = ()
     uncaptured: str = ""
     tables: tuple[TablePlan, ...] = ()
+    again: tuple[str, ...] = ()
+    planner: str = "max"
+    predicted: StepTimes | None = None
+    measured: StepTimes | None = None
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -157,6 +195,8 @@ class Plan:
             return f"the forward could not be captured: {self.uncaptured}"
         if self.lifted or self.lookups:
             return ""
+        if any(node.reason in (Reason.CHEAP, Reason.INFLATES) for node in self.nodes):
+            return "all that could run ahead is cheaper to compute in the step than to stage"
         causes = [node for node in self.nodes if node.reason not in (Reason.DEPENDS, Reason.FREE)]
         if not causes:
             return "the forward does nothing with the batch that would be worth staging"
@@ -170,15 +210,24 @@ class Plan:
         )
         lines = [head]
         if self.why_empty():
-            lines += [f"  nothing is staged: {self.why_empty()}", *[f"  table {table}" for table in self.tables]]
-            return "\n".join(lines)
+            lines += [f"  nothing is staged: {self.why_empty()}", *self._timing()]
+            return "\n".join([*lines, *[f"  table {table}" for table in self.tables]])
         if self.lifted:
             lines += ["  lifted:", *_grouped(self.lifted)]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
+        lines += [f"  computed again in the step: {_counted(list(self.again))}"] if self.again else []
+        lines += self._timing()
         lines += ["  kept in the step:", *_grouped(self.kept)]
         lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
+
+    def _timing(self) -> list[str]:
+        """Say what a step takes under both rules, where that is known."""
+        if self.predicted is None:
+            return []
+        seen = f"; seen: {self.measured}" if self.measured is not None else ""
+        return [f"  a step, predicted: {self.predicted}{seen}"]
 
 
 def _grouped(nodes: tuple[NodePlan, ...]) -> list[str]:
