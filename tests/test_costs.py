@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -177,7 +177,7 @@ def mask_and_total(self: Any, x: torch.Tensor) -> torch.Tensor:
 X = torch.arange(12.0).reshape(4, 3) - 5
 
 
-def parts_of(function: Any, sunk: set[str], again: set[str] = frozenset()) -> tuple[Plan, list[torch.Tensor]]:
+def parts_of(function: Any, sunk: set[str], again: Collection[str] = ()) -> tuple[Plan, list[torch.Tensor]]:
     """Lift a forward with the given operations in the step; return the plan and the results, plain and in parts."""
     model = model_of(function)
     captured = capture(model, (X,), {})

@@ -250,7 +250,7 @@ def _cut(
     side = network.cheapest_side()
     staged = {name for name, vertex in in_stage.items() if side[vertex]}
     computed = frozenset(name for name, vertex in not_in_step.items() if not side[vertex])
-    for name in reversed(problem.sources):  # what costs the step nothing may be left in the stage for nobody
+    for name in reversed(list(problem.sources)):  # what costs the step nothing may be left in the stage for nobody
         if name in computed and not staged.intersection(taken_by[name]):
             staged.discard(name)
     return frozenset(staged), computed
