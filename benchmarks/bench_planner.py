@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _harness import interleave, one_intra_op_thread, table
+from _harness import interleave, table
 from torch import nn
 
 import torchstage
@@ -40,7 +40,8 @@ class OneHot(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return one score per row of ``ids`` int64 [rows, columns]."""
         hot = nn.functional.one_hot(ops.hash_bucket(ids, self.classes), self.classes).float()
-        return self.out(self.head(hot).relu().mean(1)).squeeze(1)
+        score: torch.Tensor = self.out(self.head(hot).relu().mean(1)).squeeze(1)
+        return score
 
 
 class TinyOps(nn.Module):
@@ -56,8 +57,8 @@ class TinyOps(nn.Module):
         for _ in range(self.length):
             x = (x + 0.5).tanh()
         y = x.mean(1)
-        for weight in self.weights.unbind():
-            y = y * weight + 0.1
+        for i in range(self.length):
+            y = (y * self.weights[i]).tanh()
         return y
 
 
@@ -72,7 +73,8 @@ class SlowStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return one score per row of ``x`` float32 [rows, columns]."""
         columns = [x[:, i].exp().log1p().sin().cos().tanh() for i in range(self.columns)]
-        return self.out(torch.stack(columns, 1)).squeeze(1)
+        score: torch.Tensor = self.out(torch.stack(columns, 1)).squeeze(1)
+        return score
 
 
 def one_hot() -> tuple[nn.Module, list[Batch]]:
@@ -174,9 +176,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="turns of each rule")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a turn")
     options = parser.parse_args()
-    with one_intra_op_thread():
-        for name in options.model or MODELS:
-            compare(name, options.rounds, options.steps)
+    torch.set_num_threads(1)  # two that spin would hide what is compared
+    for name in options.model or MODELS:
+        compare(name, options.rounds, options.steps)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,16 @@ def test_a_slow_stage_is_relieved_as_far_as_the_bound_of_the_weights_tells(seed:
     assert any(found.step_s == pytest.approx(step, abs=1e-9) for step, _ in pairs)
 
 
+def test_columns_that_cost_alike_are_shared_between_a_slow_stage_and_the_step() -> None:
+    columns = {f"{kind}{i}": (f"exp{i}",) if kind == "log" else () for i in range(20) for kind in ("exp", "log")}
+    problem = Problem({**columns, "stack": tuple(columns)[1::2]}, frozenset({"stack"}))
+    costs = {name: cost(1) for name in problem.sources}
+    found = choose(problem, costs, Figures(step_s=0.01, value_s=0.0, byte_s=0.0))
+    assert found.period_s == pytest.approx(26 * MILLI, abs=1.1 * MILLI)
+    assert found.stage_s == pytest.approx(len(found.staged) * MILLI)
+    assert sum(f"exp{i}" in found.staged and f"log{i}" not in found.staged for i in range(20)) <= 1
+
+
 def test_what_is_as_good_either_way_stays_in_the_stage() -> None:
     problem = Problem({"a": ()}, frozenset("a"))
     assert choose(problem, {"a": cost(0)}, FREE).staged == {"a"}

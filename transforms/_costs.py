@@ -126,28 +126,76 @@ def choose(problem: Problem, costs: Mapping[str, NodeCost], figures: Figures) ->
     """Return the choice with the shortest time from batch to batch; the larger stage of two that are as good.
 
     Exact where the stage keeps ahead of the step. Where it does not, the best of the choices that a weight of the two
-    against each other gives.
+    against each other gives, and of some between these.
 
     Args:
         problem: what may be chosen.
         costs: what each operation of it costs.
         figures: what else costs.
     """
-    best = largest(problem, costs, figures)
-    low, high = 0.0, 1.0
-    weight = 0.0
+    best = slow = largest(problem, costs, figures)
+    fast = _with_ancestors(problem.pinned, problem)
+    low, high, weight = 0.0, 1.0, 0.0
     for _ in range(_WEIGHTS):
         found = _evaluate(problem, costs, figures, *_cut(problem, costs, figures, weight))
-        if found.period_s < best.period_s:
-            best = found
+        best = min(best, found, key=_period)
         if found.stage_s <= found.step_s:
+            high, fast = weight, found.staged
             if weight == 0.0:
-                break
-            high = weight
+                return best
         else:
-            low = weight
+            low, slow = weight, found
         weight = (low + high) / 2
-    return best
+    return min(best, _between(problem, costs, figures, slow, fast), key=_period)
+
+
+def _period(choice: Choice) -> float:
+    return choice.period_s
+
+
+def _with_ancestors(names: frozenset[str], problem: Problem) -> frozenset[str]:
+    found = set(names)
+    for name in reversed(list(problem.sources)):
+        if name in found:
+            found.update(problem.sources[name])
+    return frozenset(found)
+
+
+def _between(
+    problem: Problem, costs: Mapping[str, NodeCost], figures: Figures, slow: Choice, fast: frozenset[str]
+) -> Choice:
+    """Return a choice between one whose stage is too slow and the ``fast`` stage: where the step takes as long.
+
+    No weight finds it where many operations cost alike, a column each perhaps: all of them move at the same weight.
+    """
+    kept = slow.staged & fast
+    waiting = dict.fromkeys(slow.staged, 0)
+    for name in slow.staged:
+        for other in problem.sources[name]:
+            waiting[other] += 1
+    ready = [name for name in problem.sources if name in slow.staged and not waiting[name]]
+    order: list[str] = []
+    while ready:  # last in, first out: one column after the other
+        name = ready.pop()
+        if name in kept:
+            continue
+        order.append(name)
+        for other in problem.sources[name]:
+            waiting[other] -= 1
+            if not waiting[other]:
+                ready.append(other)
+
+    def sunk(count: int) -> Choice:
+        staged = slow.staged.difference(order[:count])
+        computed = frozenset(problem.sources) - slow.staged | slow.again | frozenset(order[:count])
+        return _evaluate(problem, costs, figures, staged, computed)
+
+    least, most = 0, len(order)
+    while most - least > 1:
+        middle = (least + most) // 2
+        found = sunk(middle)
+        least, most = (least, middle) if found.stage_s <= found.step_s else (middle, most)
+    return min(sunk(least), sunk(most), key=_period)
 
 
 def with_choice(capture: Capture, plan: Plan, choice: Choice, costs: Mapping[str, NodeCost]) -> Plan:
@@ -260,7 +308,7 @@ def _units(seconds: float) -> int:
     return round(max(seconds, 0.0) * 1e12)
 
 
-_WEIGHTS = 8
+_WEIGHTS = 4
 _SMALL = 1024  # bytes that are not worth a word
 # Operations of torch whose result is always memory of its own, whatever their arguments.
 _FRESH = frozenset(
