@@ -195,6 +195,8 @@ class Search:
         for staging in (self.largest, self._proposed):
             if staging is not None and staging.parts is not None:
                 staging.parts.on_step = staging.parts.timings = None
+        if chosen is self.largest:
+            self._proposed = None  # its graphs are freed with the last batch that was staged with it
         self.chosen, self.plan = chosen, plan
         self._batches = 0
         self._phase = _Phase.DONE
@@ -206,10 +208,14 @@ def _byte_s() -> float:
 
 
 WARM = 2
+"""Batches before the first measured one."""
 SAMPLES = 6
+"""Measured batches, and steps whose time must be known."""
 MOST_GAPS = 64
 HOLD = 2000
+"""Batches until it begins again, the first time; then twice as many each time."""
 NEVER = 1 << 40
 WORTHWHILE = 0.03
+"""Part of a step that must be promised for a trial: less would drown in the noise, and a larger stage hides more."""
 LOCKED = 5e-6
 """Seconds that a call of an operation in the stage keeps a step that is bound by Python waiting."""

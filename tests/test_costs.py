@@ -149,6 +149,13 @@ def test_a_stage_of_nothing_is_a_choice() -> None:
     assert found.step_s == pytest.approx(1.0 - 100 * 3e-6)
 
 
+def test_a_stage_is_not_held_to_cost_more_than_the_step_was_seen_to_take() -> None:
+    figures = Figures(step_s=0.01, node_s=1.0)
+    found = choose(Problem({"a": (), "b": ("a",)}, frozenset("b")), {"a": cost(1), "b": cost(2)}, figures)
+    assert found.staged == frozenset()
+    assert found.step_s == pytest.approx(3 * MILLI)
+
+
 def test_the_minimum_cut_of_a_network_with_a_way_back() -> None:
     network = Network()
     a, b, c, d = (network.add_vertex() for _ in range(4))

@@ -133,6 +133,7 @@ def choose(problem: Problem, costs: Mapping[str, NodeCost], figures: Figures) ->
         costs: what each operation of it costs.
         figures: what else costs.
     """
+    figures = _fitted(problem, costs, figures)
     best = slow = largest(problem, costs, figures)
     fast = _with_ancestors(problem.pinned, problem)
     low, high, weight = 0.0, 1.0, 0.0
@@ -246,17 +247,32 @@ def _carried(problem: Problem, computed: frozenset[str]) -> set[str]:
 def _evaluate(
     problem: Problem, costs: Mapping[str, NodeCost], figures: Figures, staged: frozenset[str], computed: frozenset[str]
 ) -> Choice:
-    names = frozenset(problem.sources)
-
-    def extra(staged: frozenset[str], computed: frozenset[str]) -> float:
-        """Seconds that the step spends because of the liftable operations."""
-        taken = sum(_in_step(costs[name], figures)[0] for name in staged)
-        carried = sum(_in_step(costs[name], figures)[1] for name in _carried(problem, computed))
-        return taken + carried + sum(costs[name].main_s for name in computed)
-
-    rest = max(figures.step_s - extra(names, frozenset()), 0.0)
+    rest = max(figures.step_s - _spent(problem, costs, figures, frozenset(problem.sources), frozenset()), 0.0)
     stage = _delivery(figures, sum(costs[name].stage_s for name in staged)) if staged else figures.read_s
-    return Choice(staged, staged & computed, rest + extra(staged, computed), stage)
+    step = rest + _spent(problem, costs, figures, staged, computed)
+    return Choice(staged, staged & computed, step, stage)
+
+
+def _spent(
+    problem: Problem, costs: Mapping[str, NodeCost], figures: Figures, staged: frozenset[str], computed: frozenset[str]
+) -> float:
+    """Return the seconds that the step spends because of the liftable operations."""
+    taken = sum(_in_step(costs[name], figures)[0] for name in staged)
+    carried = sum(_in_step(costs[name], figures)[1] for name in _carried(problem, computed))
+    return taken + carried + sum(costs[name].main_s for name in computed)
+
+
+def _fitted(problem: Problem, costs: Mapping[str, NodeCost], figures: Figures) -> Figures:
+    """Return ``figures`` with less for hand-over and disturbance where these would take more than the step was seen to."""
+    spent = _spent(problem, costs, figures, frozenset(problem.sources), frozenset())
+    part = min(figures.step_s / spent, 1.0) if spent else 1.0
+    return dataclasses.replace(
+        figures,
+        value_s=figures.value_s * part,
+        byte_s=figures.byte_s * part,
+        node_s=figures.node_s * part,
+        share=figures.share * part,
+    )
 
 
 def _cut(
