@@ -94,7 +94,8 @@ def test_a_stage_that_costs_more_than_it_saves_is_bypassed(monkeypatch: pytest.M
     plan = plan_of(loader)
     assert plan.lifted == ()
     assert plan.why_empty() == "all that could run ahead is cheaper to compute in the step than to stage"
-    assert "a step, predicted" in str(plan)
+    assert "a step, predicted: " in str(plan)
+    assert str(plan).endswith("in force: the cheapest")
     assert loader.stats.fallbacks.keys() == {"nothing staged"}
 
 
@@ -113,6 +114,7 @@ def test_a_choice_that_is_no_faster_is_taken_back(monkeypatch: pytest.MonkeyPatc
     assert plan.measured is not None
     assert not any(node.reason in (Reason.CHEAP, Reason.INFLATES) for node in plan.nodes)
     assert plan.cut
+    assert "in force: the largest" in str(plan)
 
 
 def test_what_is_above_a_mark_stays_in_the_stage(dear: str) -> None:
@@ -238,3 +240,18 @@ def test_an_error_of_a_measured_batch_names_its_node() -> None:
     with pytest.raises(RuntimeError, match="invalid for input of size") as caught:
         train(model, loader, epochs=1)
     assert "node `reshape`" in "".join(getattr(caught.value, "__notes__", [str(caught.value)]))
+
+
+def test_a_search_and_the_tuning_of_threads_go_together(dear: str) -> None:
+    auto = torchstage.AUTOTUNE
+    loader = assert_same_training(
+        Masked(),
+        lambda: masked_batches(400),
+        epochs=1,
+        num_threads=auto,
+        capacity=auto,
+        max_num_threads=3,
+        max_capacity=3,
+    )
+    assert plan_of(loader).measured is not None
+    assert loader.stats.tuning is not None

@@ -19,7 +19,7 @@ from torchstage.transforms._analysis import cut_of
 from torchstage.transforms._capture import Capture
 from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._min_cut import UNBOUNDED, Network
-from torchstage.transforms._plan import NodeCost, Plan, Reason, StepTimes
+from torchstage.transforms._plan import NodeCost, Plan, Reason
 from torchstage.transforms._verdicts import without_marks
 
 
@@ -220,11 +220,6 @@ def with_choice(capture: Capture, plan: Plan, choice: Choice, costs: Mapping[str
     cut = cut_of(capture.graph, lambda node: node.name in staged, choice.again)
     again = tuple(node.name for node in nodes if node.name in choice.again)
     return dataclasses.replace(plan, nodes=tuple(nodes), cut=tuple(node.name for node in cut), again=again)
-
-
-def predicted(before: Choice, after: Choice) -> StepTimes:
-    """Return the times from batch to batch under both rules."""
-    return StepTimes(before.period_s, after.period_s)
 
 
 def _delivery(figures: Figures, stage_s: float) -> float:

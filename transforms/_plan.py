@@ -227,7 +227,8 @@ class Plan:
         if self.predicted is None:
             return []
         seen = f"; seen: {self.measured}" if self.measured is not None else ""
-        return [f"  a step, predicted: {self.predicted}{seen}"]
+        sunk = self.again or any(node.reason in (Reason.CHEAP, Reason.INFLATES) for node in self.nodes)
+        return [f"  a step, predicted: {self.predicted}{seen}; in force: the {'cheapest' if sunk else 'largest'}"]
 
 
 def _grouped(nodes: tuple[NodePlan, ...]) -> list[str]:
