@@ -8,6 +8,7 @@ search of "cost" is over.
 import argparse
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ from torchstage._demo import ClickModel
 MS = 1e-3
 BATCHES = 16
 MOST_STEPS = 2000
+SLEEP = 2e-3
+"""Seconds that a step of `SlowStage` waits, as one on an accelerator does."""
 
 Batch = tuple[Any, ...]
 """The arguments of forward and the label."""
@@ -121,6 +124,8 @@ class Training:
         self._optimizer.zero_grad()
         loss = nn.functional.mse_loss(self.model(*arguments), label.float())
         loss.backward()
+        if isinstance(torchstage.unwrap(self.model), SlowStage):
+            time.sleep(SLEEP)
         self._optimizer.step()
         return loss.detach()
 
