@@ -10,6 +10,7 @@ from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._measure import Timings
 from torchstage.loaders._parts import Call, Parts, locate
 from torchstage.loaders._rows import Rows
 from torchstage.options import SmartStageOptions
@@ -35,6 +36,8 @@ class GraphParts(Parts):
         pool: where independent branches run; None for the calling thread.
         options: where rows of trained tables are gathered.
         recorder: where the figures of lookups go.
+        base: parts of another plan of the same capture, whose guards and policy these share: what the model was like at
+            capture is not to be looked up again later.
     """
 
     def __init__(
@@ -46,10 +49,17 @@ class GraphParts(Parts):
         pool: StageThreadPool | None,
         options: SmartStageOptions,
         recorder: Recorder,
+        base: "GraphParts | None" = None,
     ) -> None:
+        self.timings: Timings | None = None
+        """Clocks of the operations; None while nothing is measured."""
+        self.on_step: Callable[[], None] | None = None
+        """Told that a step begins with values of these parts."""
         self.lifted: Lifted = lift(capture, plan)
         super().__init__(capture, self.lifted, mode, options, recorder)
-        self._guards = Guards(model, capture)
+        self._guards: Guards = Guards(model, capture) if base is None else base._guards
+        if base is not None:
+            self._policy = base._policy
         self._decisions = capture.decisions
         modules = {**dict(model.named_modules()), **capture.outside}
         self._assigned = [(modules[path], name) for path, name in capture.assigned]
@@ -59,6 +69,11 @@ class GraphParts(Parts):
         self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no trial of the lookups is under way."""
+        return not self.sites or self._policy.settled
 
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         flaw = super().misfit(leaves, spec)
@@ -75,8 +90,9 @@ class GraphParts(Parts):
         return broken
 
     def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
-        if self._pool is None or len(self._tasks) < 2:
-            return super().run_stage(leaves)
+        timings = self.timings
+        if self._pool is None or len(self._tasks) < 2 or timings is not None:
+            return self._run_stage(leaves, self._stage if timings is None else lambda *inputs: timings.run(inputs))
         set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
             return self._run_tasks(self._pool.executor, leaves)
@@ -90,6 +106,8 @@ class GraphParts(Parts):
     ) -> tuple[Any, Sequence[Any]]:
         if self.sites:
             self._policy.step(any(part.gathered for part in rows))
+        if (on_step := self.on_step) is not None:
+            on_step()
         grad = torch.is_grad_enabled()
         inputs = [leaves[position] for position in self._main_inputs]
         try:

@@ -71,7 +71,7 @@ class Parts(abc.ABC):
         self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
         self.unused = _unused_numbers(capture)
         self._constants = capture.constants
-        self._policy = Policy(options.lookups, lag)
+        self._policy: Policy = Policy(options.lookups, lag)
         self._leaf_count = capture.in_spec.num_leaves
         self._ambient = mode.ambient
         self._ahead = ahead
@@ -109,11 +109,14 @@ class Parts(abc.ABC):
         Raises:
             Exception: whatever an operation raises, with a note that names its node.
         """
+        return self._run_stage(leaves, self._stage)
+
+    def _run_stage(self, leaves: Sequence[Any], stage: Callable[..., list[Any]]) -> list[Any]:
         inputs = [leaves[position] for position in self._ahead.stage.inputs]
         set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
             try:
-                return self._stage(*inputs)
+                return stage(*inputs)
             except Exception as error:
                 add_note(error, f"in the stage graph of torchstage, {locate(self._ahead.stage.module, inputs)}")
                 raise

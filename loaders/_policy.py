@@ -54,6 +54,11 @@ class Policy:
         """Whether to gather although it was seen to save nothing: in a trial, and if there never is one."""
         return self._lookups != "auto" or self._asked <= self.trial_steps
 
+    @property
+    def settled(self) -> bool:
+        """Whether no trial is under way."""
+        return self._lookups != "auto" or self._asked > self.trial_steps + self._lag
+
     def ahead(self) -> bool:
         """Decide for the next batch. Called once for each, by the thread that stages it."""
         if self._lookups != "auto":

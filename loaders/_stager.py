@@ -8,6 +8,7 @@ changes, a model that was edited.
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, flatten, is_tracked, unflatten
 from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning, FallbackWarning
-from torchstage.loaders._graphs import ANOTHER_WAY
+from torchstage.loaders._graphs import ANOTHER_WAY, GraphParts
+from torchstage.loaders._planner import Search
 from torchstage.loaders._replay import ReplayParts, record
 from torchstage.loaders._rungs import capture_whole
 from torchstage.loaders._source import Batch
@@ -71,6 +73,7 @@ class Stager:
         self._current: Staging | None = None
         self._stagings: dict[Mode, Staging] = {}
         self._captures: dict[Mode, Capture | str] = {}
+        self._searches: dict[Mode, Search] = {}
         self._ambients: dict[tuple[bool, ...], Ambient] = {}
         self._changing: set[str] = set()
         self._refusals: dict[object, int] = {}
@@ -83,16 +86,22 @@ class Stager:
     @property
     def plan(self) -> Plan | None:
         """The plan in force, with what its tables were seen to cost and save; None before the first batch."""
-        if self._current is None:
+        staging = self._current
+        if staging is None:
             return None
-        figures, plan = self.recorder.tables(), self._current.plan
+        search = self._search_of(staging)
+        figures, plan = self.recorder.tables(), staging.plan if search is None else search.plan
         tables = [dataclasses.replace(table, figures=figures.get(table.name)) for table in plan.tables]
         return dataclasses.replace(plan, tables=tuple(tables))
 
     @property
     def active(self) -> bool:
         """Whether batches are staged now."""
-        return self._current is not None and self._current.parts is not None
+        staging = self._current
+        if staging is None:
+            return False
+        search = self._search_of(staging)
+        return (staging if search is None else search.chosen).parts is not None
 
     def prepare(self, batch: Any) -> None:
         """Bring the right staging into force for an epoch that starts with ``batch``. Runs on the training thread.
@@ -116,6 +125,9 @@ class Stager:
         """
         self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
+        search = None if staging is None else self._search_of(staging)
+        if search is not None:
+            staging = search.next()
         if staging is None or (staging.parts is None and staging.recording is None):
             return None
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
@@ -154,7 +166,7 @@ class Stager:
             self.recorder.fallback(reason)
             if reason != RECORDED:
                 self.recorder.warn_once(f"fallback {reason}", FallbackWarning, self._explain(reason, about))
-            if ticket.staging is self._current:
+            if self._in_force(ticket.staging):
                 self._adapt(ticket.staging, reason, about, call)
         self.recorder.emit(stacklevel=6)
 
@@ -164,7 +176,7 @@ class Stager:
         It may change the call's containers, so what is planned afterwards is planned from the leaves.
         """
         lock, (args, kwargs) = ticket.staging.recording, call
-        if lock is None or ticket.staging is not self._current or not lock.acquire(blocking=False):
+        if lock is None or not self._in_force(ticket.staging) or not lock.acquire(blocking=False):
             return getattr(self._model, self._binder.method)(*args, **kwargs)
         try:
             result, captured = record(self._model, self._binder.method, call)
@@ -172,7 +184,7 @@ class Stager:
             lock.release()
             raise
         with self._lock:
-            if ticket.staging is self._current:
+            if self._in_force(ticket.staging):
                 mode = ticket.staging.mode
                 self._captures[mode] = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
                 self._current = self._replan(mode, self._captures[mode], unflatten(leaves, spec))
@@ -232,6 +244,18 @@ class Stager:
             self._captures[staging.mode] = reason
         self._current = self._replan(staging.mode, self._captures[staging.mode], call)
 
+    def _search_of(self, staging: Staging) -> Search | None:
+        """Return the search for the best cut that began with ``staging``."""
+        search = self._searches.get(staging.mode)
+        return search if search is not None and search.largest is staging else None
+
+    def _in_force(self, staging: Staging) -> bool:
+        """Whether batches are staged with ``staging``, or with what its search chose from."""
+        if self._current is None:
+            return False
+        search = self._search_of(self._current)
+        return staging is self._current if search is None else search.knows(staging)
+
     def _count(self, what: object) -> int:
         self._refusals[what] = self._refusals.get(what, 0) + 1
         return self._refusals[what]
@@ -258,11 +282,27 @@ class Stager:
         if len(self._stagings) >= _MOST_MODES:
             self._stagings.clear()
         self._stagings[mode] = staging
+        self._searches = {m: s for m, s in self._searches.items() if self._stagings.get(m) is s.largest}
+        if self._options.planner == "cost" and staging.plan.lifted and isinstance(staging.parts, GraphParts):
+            assert isinstance(captured, Capture)
+            self._searches[mode] = self._search(staging, staging.parts, captured)
         if staging.parts is None and staging.recording is None:
             name, why = type(self._model).__name__, staging.plan.why_empty()
             message = f"nothing of {name} can be staged: {why}. Batches are still prefetched."
             self.recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
         return staging
+
+    def _search(self, staging: Staging, base: GraphParts, captured: Capture) -> Search:
+        build = functools.partial(
+            GraphParts,
+            self._model,
+            captured,
+            mode=staging.mode,
+            pool=self._pool,
+            options=self._options,
+            recorder=self.recorder,
+        )
+        return Search(staging, captured, lambda plan: build(plan=plan, base=base), self._options, self.recorder)
 
     def _capture(self, call: Call) -> Capture | str:
         source: Any = self._model

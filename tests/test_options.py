@@ -28,6 +28,7 @@ NAMES_AND_DEFAULTS = {
     "on_timeout": "drop",
     "lookups": "auto",
     "max_staleness": None,
+    "planner": "cost",
     "autotune_algorithm": AutotuneAlgorithm.DEFAULT,
     "cpu_budget": 0,
     "ram_budget": 0,

@@ -83,6 +83,11 @@ class SmartStageOptions:
     """With ``lookups="stale"``: the most optimizer steps that a gathered row may miss; rows that would miss more are
     gathered in the step. None: ``most_batches``, which is ``capacity + num_threads`` or the bounds of the two."""
 
+    planner: Literal["cost", "max"] = "cost"
+    """Which of the operations that could run ahead do. ``"max"``: all, as in the original. ``"cost"``: at first all; once
+    their costs are measured on a few batches, those with which a step is shortest, if a trial on the running job shows
+    that it is. The numbers are the same. ``loader.plan`` says what was predicted and what was seen."""
+
     autotune_algorithm: AutotuneAlgorithm = AutotuneAlgorithm.DEFAULT
     """How the performance model searches, where ``capacity`` or ``num_threads`` is `AUTOTUNE`. ``DEFAULT`` is
     ``STAGE_BASED``: the fewest threads with which a batch is ready when the step wants it."""
@@ -127,6 +132,7 @@ class SmartStageOptions:
         _require("name", self.name, _is_name, "must be None or a non-empty string")
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
         _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
+        _require("planner", self.planner, lambda v: v in _PLANNERS, f"must be one of {_PLANNERS}")
         if self.max_staleness is not None:
             _require_int("max_staleness", self.max_staleness, 0)
             if self.lookups != "stale":
@@ -206,6 +212,7 @@ _LEAST = {
 }
 _TUNABLE = ("capacity", "num_threads")
 _LOOKUPS = ("auto", "exact", "main", "stale")
+_PLANNERS = ("cost", "max")
 _ON_TIMEOUT = ("drop", "raise", "wait")
 
 

@@ -259,6 +259,18 @@ class Recorder:
         """How many steps ran on staged values."""
         return self._staged_steps
 
+    @property
+    def waited(self) -> float:
+        """Seconds that the training loop has waited for batches so far."""
+        with self._lock:
+            return self._wait.total
+
+    @property
+    def reading(self) -> float:
+        """Mean seconds in which the loader reads a batch; 0 before the first."""
+        with self._lock:
+            return self._read.total / max(self._read.count, 1)
+
     def step(self) -> None:
         """Record a forward that used staged values."""
         with self._lock:
@@ -337,19 +349,19 @@ class Recorder:
 class _Times:
     def __init__(self) -> None:
         self.count = 0
-        self._total = 0.0
+        self.total = 0.0
         self._last: collections.deque[float] = collections.deque(maxlen=1000)
 
     def add(self, seconds: float) -> None:
         self.count += 1
-        self._total += seconds
+        self.total += seconds
         self._last.append(seconds)
 
     def distribution(self) -> Distribution:
         if not self.count:
             return Distribution(0, 0.0, 0.0, 0.0)
         p90, p99 = (float(value) for value in np.percentile(list(self._last), [90, 99]))
-        return Distribution(self.count, self._total / self.count, p90, p99)
+        return Distribution(self.count, self.total / self.count, p90, p99)
 
 
 def _ms(seconds: float) -> str:

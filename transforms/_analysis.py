@@ -70,14 +70,19 @@ def make_plan(
     )
 
 
-def cut_of(graph: torch.fx.Graph, lifted: Callable[[torch.fx.Node], bool]) -> list[torch.fx.Node]:
-    """Return the lifted operations whose values the rest of ``graph`` uses, in order; marks are looked through."""
+def cut_of(
+    graph: torch.fx.Graph, lifted: Callable[[torch.fx.Node], bool], again: Collection[str] = ()
+) -> list[torch.fx.Node]:
+    """Return the lifted operations whose values the rest of ``graph`` uses, in order; marks are looked through.
+
+    The rest computes the lifted operations with the names ``again`` too, and does not use the stage's values of them.
+    """
     found: dict[torch.fx.Node, None] = {}
     for node in graph.nodes:
-        if not (node.op.startswith("call_") and lifted(node)):
+        if node.name in again or not (node.op.startswith("call_") and lifted(node)):
             for source in node.all_input_nodes:
                 origin = without_marks(source)
-                if origin.op.startswith("call_") and lifted(origin):
+                if origin.op.startswith("call_") and lifted(origin) and origin.name not in again:
                     found[origin] = None
     return [node for node in graph.nodes if node in found]
 

@@ -88,8 +88,9 @@ def lift(capture: Capture, plan: Plan) -> Lifted:
     """Build both parts. ``plan`` must be one of ``capture``."""
     names = {node.name for node in plan.lifted}
     lifted = [node for node in capture.graph.nodes if node.name in names]
-    kept = [node for node in capture.graph.nodes if node.op.startswith("call_") and node.name not in names]
-    cut = cut_of(capture.graph, lambda node: node.name in names)
+    staged_only = names.difference(plan.again)
+    kept = [node for node in capture.graph.nodes if node.op.startswith("call_") and node.name not in staged_only]
+    cut = cut_of(capture.graph, lambda node: node.name in names, plan.again)
     output = next(iter(reversed(capture.graph.nodes)))
     gathers = tuple(_gather(node, cut, capture) for node in kept if node.name in plan.lookups)
     name = f"{plan.model}Main"

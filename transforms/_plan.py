@@ -33,6 +33,34 @@ class Reason(enum.Enum):
     DEPENDS = "depends on work of the step"
     VARIES = "is called otherwise from step to step"
     LOOKUP = "gathers rows of a trained table, which are gathered ahead and repaired in the step"
+    CHEAP = "is cheaper to compute in the step than to stage"
+    INFLATES = "makes its result larger than what it takes, so the step computes it"
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeCost:
+    """What an operation was measured to cost: the medians of a few batches.
+
+    Attributes:
+        stage_s: seconds on the stage's thread.
+        main_s: seconds that it would take in the step: the processor's time of the same call, without waits.
+        nbytes: bytes that the step would read of its result, were it carried.
+    """
+
+    stage_s: float
+    main_s: float
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+    """Seconds from batch to batch with the largest stage, and with the one that the costs propose."""
+
+    largest: float
+    proposed: float
+
+    def __str__(self) -> str:
+        return f"{self.largest * 1e3:.2f} ms with the largest stage, {self.proposed * 1e3:.2f} ms with the cheapest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +76,7 @@ class NodePlan:
         reason: why.
         detail: what exactly, for example the parameter's name; may be empty.
         cause: name of the node that the decision follows from; None if it is this node itself.
+        cost: what it was measured to cost; None before that, and where it cannot be lifted.
     """
 
     name: str
@@ -58,6 +87,7 @@ class NodePlan:
     reason: Reason
     detail: str
     cause: str | None
+    cost: NodeCost | None = None
 
     def why(self) -> str:
         """Return the reason as a sentence."""
@@ -129,6 +159,10 @@ class Plan:
         tables: the decision on each trained table that the forward looks up.
         rung: how the forward was captured: traced whole, exported whole, or recorded while it ran as Python.
         obstacle: why not in a way that is cheaper to run; empty for a traced one.
+        again: names of the lifted nodes that the step computes too, since that is cheaper than to carry their values.
+        planner: the rule that decided: ``"max"`` lifts the largest set, ``"cost"`` the one with the shortest step.
+        predicted: the time of a step by the measured costs; None before they are known.
+        measured: the time of a step as it was seen; None where the two stages were not tried against each other.
     """
 
     model: str
@@ -140,6 +174,10 @@ class Plan:
     tables: tuple[TablePlan, ...] = ()
     rung: str = "traced"
     obstacle: str = ""
+    again: tuple[str, ...] = ()
+    planner: str = "max"
+    predicted: StepTimes | None = None
+    measured: StepTimes | None = None
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -162,6 +200,8 @@ class Plan:
             return f"the forward could not be captured: {self.uncaptured}"
         if self.lifted or self.lookups:
             return ""
+        if any(node.reason in (Reason.CHEAP, Reason.INFLATES) for node in self.nodes):
+            return "all that could run ahead is cheaper to compute in the step than to stage"
         causes = [node for node in self.nodes if node.reason not in (Reason.DEPENDS, Reason.FREE)]
         if not causes:
             return "the forward does nothing with the batch that would be worth staging"
@@ -177,15 +217,25 @@ class Plan:
         if self.obstacle:
             lines.append(f"  {_RUNGS[self.rung]}, because {self.obstacle}")
         if self.why_empty():
-            lines += [f"  nothing is staged: {self.why_empty()}", *[f"  table {table}" for table in self.tables]]
-            return "\n".join(lines)
+            lines += [f"  nothing is staged: {self.why_empty()}", *self._timing()]
+            return "\n".join([*lines, *[f"  table {table}" for table in self.tables]])
         if self.lifted:
             lines += ["  lifted:", *_grouped(self.lifted)]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
+        lines += [f"  computed again in the step: {_counted(list(self.again))}"] if self.again else []
+        lines += self._timing()
         lines += ["  kept in the step:", *_grouped(self.kept)]
         lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
+
+    def _timing(self) -> list[str]:
+        """Say what a step takes under both rules, where that is known."""
+        if self.predicted is None:
+            return []
+        seen = f"; seen: {self.measured}" if self.measured is not None else ""
+        sunk = self.again or any(node.reason in (Reason.CHEAP, Reason.INFLATES) for node in self.nodes)
+        return [f"  a step, predicted: {self.predicted}{seen}; in force: the {'cheapest' if sunk else 'largest'}"]
 
 
 _RUNGS = {

@@ -42,7 +42,7 @@ def schedule(capture: Capture, plan: Plan) -> tuple[Task, ...]:
             chain_of[node] = len(chains)
             chains.append([])
         chains[chain_of[node]].append(node)
-    cut = set(cut_of(capture.graph, lambda node: node.name in names))
+    cut = set(cut_of(capture.graph, lambda node: node.name in names, plan.again))
     tasks = []
     for number, chain in enumerate(chains):
         after = {chain_of[source] for node in chain for source in sources[node]} - {number}
