@@ -105,14 +105,14 @@ class Ticket:
         """Run the step of a call that was not refused; ``rows`` may stand in for the ticket's own."""
         parts = self.staging.parts
         assert parts is not None
+        if parts.once:
+            self.flaw = USED
         result, given = parts.run_main(leaves, self._values, self._rows if rows is None else rows, call)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
-        if (
-            parts.once
-            or self._fragile
-            or any(isinstance(leaf, torch.Tensor) and not self._given.isdisjoint(memories_of(leaf)) for leaf in given)
+        if self._fragile or any(
+            isinstance(leaf, torch.Tensor) and not self._given.isdisjoint(memories_of(leaf)) for leaf in given
         ):
-            self.flaw = "staged value given away by an earlier call"
+            self.flaw = USED
         return result
 
     def texts(self) -> list[int]:
@@ -217,5 +217,6 @@ def _is_weak(leaf: object) -> bool:
     return isinstance(leaf, (torch.Tensor, np.ndarray))
 
 
+USED = "staged value given away by an earlier call"
 # What a forward cannot change in place, but for tensors, whose version tells.
 _LASTING = (torch.Tensor, int, float, str, bytes, tuple, type(None), torch.dtype, torch.device)

@@ -151,6 +151,12 @@ class Recording(TorchFunctionMode):
         if node is not None or not isinstance(value, torch.Tensor):
             return node
         name = self._names.get(id(value))
+        if name is None and value.requires_grad:  # made where it could not be seen, as by an autograd function
+            node = self._graph.call_function(unrecorded, ())
+            node.meta.update(source=user_line(), path="")
+            self._nodes[id(value)] = node
+            self._alive.append(value)
+            return node
         if name is None:
             name = f"constant_{len(self._foreign)}"
             self._names[id(value)] = name
