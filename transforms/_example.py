@@ -76,7 +76,11 @@ class Example:
     def _catch_up(self, last: torch.fx.Node) -> None:
         """Evaluate in order up to ``last``: an operation in place may change the shape of what came before it."""
         grad, profile = torch.is_grad_enabled(), sys.getprofile()
-        sys.setprofile(None)  # what a tracer watches for there is not the user's doing
+        watched = callable(
+            profile
+        )  # a tracer watches; what happens here is not the user's doing. cProfile is no function
+        if watched:
+            sys.setprofile(None)
         try:
             with torch._C.DisableTorchFunction(), self._mode:
                 torch.set_grad_enabled(self._grad)
@@ -89,7 +93,8 @@ class Example:
         finally:
             with torch._C.DisableTorchFunction():
                 torch.set_grad_enabled(grad)
-            sys.setprofile(profile)
+            if watched:
+                sys.setprofile(profile)
 
     def _evaluate(self, node: torch.fx.Node) -> Any:
         if node.op == "placeholder":
