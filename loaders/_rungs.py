@@ -72,8 +72,12 @@ def _flaw(model: torch.nn.Module, captured: Capture, call: Call) -> str | None:
 
 
 def _is_alone() -> bool:
-    """Whether no other thread can be running modules: `torch.export` patches their class for the whole process."""
-    return threading.active_count() == 1
+    """Whether no other thread can be running modules: `torch.export` patches their class for the whole process.
+
+    The monitor of tqdm's bars runs none. It is there after the first export, and wherever a loop shows its progress.
+    """
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return all(type(thread).__module__.startswith("tqdm.") for thread in others)
 
 
 def _rests_on_decisions(captured: Capture) -> bool:

@@ -54,25 +54,12 @@ def make_staging(
     Raises:
         MarkError: a manual mark cannot be honoured.
     """
-    name = type(model).__name__
     modules = tuple(model.modules())
-    if isinstance(capture, str):
-        plan = Plan(name, model.training, (), (), uncaptured=capture)
-        return Staging(mode, modules, plan, None, _recording(model))
-    exact_only = pool is not None and pool.intra_op != mode.ambient.threads
-    plan = make_plan(
-        capture,
-        name,
-        model.training,
-        smart=options.do_smart_stage,
-        changing=changing,
-        watched=watched,
-        exact_only=exact_only,
-        lookups=options.lookups != "main",
-    )
-    if not plan.lifted and not plan.lookups:
-        # A recording sees what a submodule does that a graph has to call as a whole.
-        return Staging(mode, modules, plan, None, _recording(model) if capture.opaque else None)
+    threads = mode.ambient.threads
+    plan = plan_of(model, capture, options, pool=pool, threads=threads, watched=watched, changing=changing)
+    recording = threading.Lock() if wants_recording(capture, plan) and can_be_recorded(model) else None
+    if isinstance(capture, str) or not (plan.lifted or plan.lookups):
+        return Staging(mode, modules, plan, None, recording)
     if capture.rung == "recorded":
         return Staging(
             mode, modules, plan, ReplayParts(getattr(model, capture.method), capture, plan, mode, options, recorder)
@@ -80,5 +67,38 @@ def make_staging(
     return Staging(mode, modules, plan, GraphParts(model, capture, plan, mode, pool, options, recorder))
 
 
-def _recording(model: torch.nn.Module) -> "threading.Lock | None":
-    return threading.Lock() if can_be_recorded(model) else None
+def plan_of(
+    model: torch.nn.Module,
+    capture: Capture | str,
+    options: SmartStageOptions,
+    *,
+    pool: StageThreadPool | None,
+    threads: int,
+    watched: Callable[[int], bool],
+    changing: frozenset[str] = frozenset(),
+) -> Plan:
+    """Decide what of a capture is staged; ``capture`` is the reason if there is none.
+
+    Raises:
+        MarkError: a manual mark cannot be honoured.
+    """
+    name = type(model).__name__
+    if isinstance(capture, str):
+        return Plan(name, model.training, (), (), uncaptured=capture)
+    return make_plan(
+        capture,
+        name,
+        model.training,
+        smart=options.do_smart_stage,
+        changing=changing,
+        watched=watched,
+        exact_only=pool is not None and pool.intra_op != threads,
+        lookups=options.lookups != "main",
+    )
+
+
+def wants_recording(capture: Capture | str, plan: Plan) -> bool:
+    """Whether a recording may find more to stage: of a graph that calls submodules as a whole it sees their calls too."""
+    if isinstance(capture, str):
+        return True
+    return bool(capture.opaque) and not plan.lifted and not plan.lookups

@@ -245,8 +245,17 @@ def check_repeatable(model: torch.nn.Module, capture: Capture) -> None:
         CannotVerifyError: a checkpoint, a hook of the user's or another rank would.
     """
     _check_checkpoint()
-    _check_hooks(model, capture)
+    check_hooks(model)
+    for node in capture.graph.nodes:
+        if node.op == "call_method" and node.target in _LASTING:
+            raise CannotVerifyError(f"`{node.name}` calls {node.target}, which would see more backwards than one")
     _check_ranks(model, capture)
+
+
+def is_one_of_many() -> bool:
+    """Whether other processes take part in the training."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _check_checkpoint() -> None:
@@ -257,20 +266,21 @@ def _check_checkpoint() -> None:
         frame = frame.f_back
 
 
-def _check_hooks(model: torch.nn.Module, capture: Capture) -> None:
+def check_hooks(model: torch.nn.Module) -> None:
+    """Refuse a model with hooks of the user's, which would see its forward run twice.
+
+    Raises:
+        CannotVerifyError: a submodule has one.
+    """
     for path, module in model.named_modules():
         tables = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
         for hook in [hook for table in tables for hook in table.values()] if path and has_hooks(module) else []:
             if not f"{getattr(hook, '__module__', '')}.".startswith("torch."):
                 raise CannotVerifyError(f"a hook of `{path}` would run more often than in the plain loop")
-    for node in capture.graph.nodes:
-        if node.op == "call_method" and node.target in _LASTING:
-            raise CannotVerifyError(f"`{node.name}` calls {node.target}, which would see more backwards than one")
 
 
 def _check_ranks(model: torch.nn.Module, capture: Capture) -> None:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not is_one_of_many():
         return
     homes = [type(module).__module__ for module in capture.modules.values()]
     homes += [str(getattr(node.target, "__module__", "")) for node in capture.graph.nodes]

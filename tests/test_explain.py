@@ -15,6 +15,7 @@ from tests.support import Clicks, Scale, Words, assert_same, click_data, train
 from tests.test_capture import Base
 from torchstage import Explanation, explain, mark_target_node, smart_stage, staged
 from torchstage.errors import BindingError, MarkError, OptionError
+from torchstage.transforms._plan import StepTimes
 
 X = torch.arange(12.0).reshape(4, 3) - 5
 
@@ -41,7 +42,7 @@ def place_of(explanation: Explanation) -> dict[str, str]:
 def test_it_says_what_runs_ahead_and_what_does_not_by_source_line_with_the_reason() -> None:
     text = str(explain(Clicks(), batch()))
     head, _, rest = text.partition("\nruns ahead\n")
-    assert head.startswith("Clicks (train): 10 of 25 operations run ahead, and 3 of 3 lookups of trained tables")
+    assert head.startswith("Clicks (train): 13 of 25 operations run ahead, and 3 of 3 lookups of trained tables")
     ahead, _, kept = rest.partition("\nstays in the step\n")
     assert "sub, truediv, abs, log1p" in ahead
     assert "hash_bucket x3" in ahead
@@ -62,7 +63,7 @@ def test_values_over_the_cut_are_those_that_the_stage_gives() -> None:
     assert value is not None
     assert (value.shape, value.dtype, value.bytes) == ((32, 2), "float32", 32 * 2 * 4)
     total = sum(value.bytes for value in crossing.values() if value is not None)
-    assert explanation.measured[0].cut_bytes == total == 32 * 2 * 4 + 3 * 32 * 8
+    assert explanation.measured[0].cut_bytes == total == 32 * 2 * 4 + 3 * 32 * 8 + 32 * 4
     assert "`hash_bucket` x3             int64 [32], 256 B each" in str(explanation)
 
 
@@ -130,15 +131,77 @@ def test_a_staged_model_is_explained_as_its_own_model() -> None:
 
 def test_a_forward_that_cannot_be_captured_is_explained_with_the_reason_and_a_way_out() -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        self.last = x
-        return x * self.weight
+        self.calls = self.calls + 1
+        raise RuntimeError("out of sorts")
 
-    explanation = explain(model_of(forward), X)
+    explanation = explain(model_of(forward, calls=0), X)
     text = str(explanation)
-    assert "nothing is staged: the forward could not be captured: forward assigns self.last" in text
+    assert "nothing is staged: the forward could not be captured: forward assigns self.calls" in text
+    assert "it was not recorded here: it raises RuntimeError: out of sorts" in text
     assert "Return the value, or keep it in a buffer" in text
     assert explanation.to_dict()["nothing_staged"]
     assert "<html" in explanation.to_html()
+
+
+def counting(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.seen.append(float(x.sum()))
+    self.mean.add_(1)
+    with torch.no_grad():
+        self.weight.mul_(2)
+    shifted = x.exp().sin() if float(x.sum()) < 0 else x.cos()
+    return torch.rand(()) * shifted * self.weight
+
+
+def test_a_forward_that_needs_contents_is_recorded_on_a_copy_and_its_plan_is_that_of_a_loader() -> None:
+    model = model_of(counting, seen=[])
+    before, start = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    explanation = explain(model, X)
+    assert model.seen == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), start)
+    assert explanation.rung == explanation.to_dict()["rung"] == "recorded"
+    assert "the forward runs as Python with staged results put in, because" in str(explanation)
+    assert "the rest is Python" in explanation.measured[0].problem
+    staged_model, loader = smart_stage(model, [X] * 4)
+    for x in loader:
+        staged_model(x)
+    assert {node.target for node in explanation.plan.lifted} == {node.target for node in loader.plan.lifted}
+    assert place_of(explanation)["cos"] == "stage"
+
+
+def test_nothing_is_recorded_where_nothing_is_to_run_or_somebody_would_see_it_run() -> None:
+    model = model_of(counting, seen=[])
+    assert "it was not recorded here: nothing was to be run" in str(explain(model, X, measure=False))
+    calls: list[int] = []
+    model.part = nn.Identity()
+    model.part.register_forward_hook(lambda *_: calls.append(1))
+    assert "it was not recorded here: a hook of `part`" in str(explain(model, X))
+    assert calls == []
+
+
+def test_the_method_that_a_training_step_calls_can_be_explained() -> None:
+    class Losses(Base):
+        def loss(self, features: Any) -> torch.Tensor:
+            return (features["x"].exp() * self.weight).sum()
+
+    explanation = explain(Losses(), {"x": X}, method="loss")
+    assert [operation.plan.target for operation in explanation.operations if operation.place == "stage"] == ["exp"]
+    assert explanation.leaves[0].label == "features['x']"
+    with pytest.raises(OptionError, match="It has: .*loss"):
+        explain(Losses(), {"x": X}, method="lost")
+
+
+def test_predicted_and_measured_times_of_a_plan_are_shown() -> None:
+    explanation = explain(Scale(), X)
+    times = StepTimes(0.004, 0.003)
+    plan = dataclasses.replace(explanation.plan, planner="cost", predicted=times, measured=times)
+    told = dataclasses.replace(explanation, plan=plan)
+    line = "4.00 ms with the largest stage, 3.00 ms with the cheapest"
+    assert f"a step, predicted: {line}; seen: {line}" in str(told)
+    record = told.to_dict()
+    assert record["planner"] == "cost"
+    assert record["predicted"] == record["seen"] == {"largest": 0.004, "proposed": 0.003}
+    assert explanation.to_dict()["predicted"] is None
 
 
 def test_what_python_decided_at_capture_is_shown() -> None:
@@ -286,9 +349,9 @@ def gain_is_true(before: Any, after: Any, what: str) -> None:
 
 def test_advice_on_writes_in_place_says_how_much_it_gains() -> None:
     gain_is_true(
-        lambda self, x: x.exp().relu_().sin().cos() * self.weight,
-        lambda self, x: x.exp().relu().sin().cos() * self.weight,
-        "use the out-of-place form `relu`, and 3 more operations could run ahead",
+        lambda self, x: x.relu_().exp().sin().cos() * self.weight,
+        lambda self, x: x.relu().exp().sin().cos() * self.weight,
+        "use the out-of-place form `relu`, and 4 more operations could run ahead",
     )
 
 
@@ -301,9 +364,14 @@ def test_advice_on_random_numbers_counts_what_follows_them() -> None:
     assert advice.operations == 1  # sin; the draw itself moves to the data set
 
 
+def writes_state(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.mean.add_(1)
+    return (x / self.mean).sin() * self.weight
+
+
 def test_advice_on_state_that_forward_writes_is_to_write_it_elsewhere() -> None:
-    (first, *_) = explain(Clicks(), batch()).advice
-    assert first.text.startswith("`add_` at support.py:")
+    (first, *_) = explain(model_of(writes_state), X).advice
+    assert first.text.startswith("`truediv` at test_explain.py:")
     assert "write that state outside of forward" in first.text
 
 
@@ -351,7 +419,7 @@ def test_json_has_the_version_and_the_keys_that_are_documented(tmp_path: Path) -
     document = (Path(__file__).parents[1] / "docs" / "explain.md").read_text(encoding="utf-8")
     for value in (record, record["operations"][0], record["inputs"][0], record["measured"][0], record["tables"][0]):
         assert [key for key in value if f"`{key}`" not in document] == []
-    assert record["counts"] == {"operations": 25, "stage": 10, "lookup": 3, "step": 12}
+    assert record["counts"] == {"operations": 25, "stage": 13, "lookup": 3, "step": 9}
     names = {operation["name"] for operation in record["operations"]} | {leaf["name"] for leaf in record["inputs"]}
     assert all(set(operation["inputs"]) <= names for operation in record["operations"])
 

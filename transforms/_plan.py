@@ -214,22 +214,25 @@ class Plan:
             f"plan of {self.model} ({mode}): {len(self.lifted)} of {len(self.nodes)} operations run ahead in the stage"
         )
         lines = [head]
-        if self.obstacle:
-            lines.append(f"  {_RUNGS[self.rung]}, because {self.obstacle}")
+        lines += [f"  {self.way()}"] if self.obstacle else []
         if self.why_empty():
-            lines += [f"  nothing is staged: {self.why_empty()}", *self._timing()]
+            lines += [f"  nothing is staged: {self.why_empty()}", *self.timing()]
             return "\n".join([*lines, *[f"  table {table}" for table in self.tables]])
         if self.lifted:
             lines += ["  lifted:", *_grouped(self.lifted)]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
         lines += [f"  computed again in the step: {_counted(list(self.again))}"] if self.again else []
-        lines += self._timing()
+        lines += self.timing()
         lines += ["  kept in the step:", *_grouped(self.kept)]
         lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
 
-    def _timing(self) -> list[str]:
+    def way(self) -> str:
+        """Say how the forward was captured, and why not in a way that is cheaper to run."""
+        return _RUNGS[self.rung] + (f", because {self.obstacle}" if self.obstacle else "")
+
+    def timing(self) -> list[str]:
         """Say what a step takes under both rules, where that is known."""
         if self.predicted is None:
             return []

@@ -1,9 +1,10 @@
 """Explain: what staging does to a model, before the first step, in a form that people and tools can read."""
 
 import contextlib
+import dataclasses
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torchstage._structure import flatten, is_text, is_tracked
 from torchstage._threads import get_stage_thread_pool
 from torchstage.errors import OptionError
 from torchstage.loaders import unwrap
-from torchstage.loaders._rungs import capture_whole
+from torchstage.loaders._rehearsal import rehearse
+from torchstage.loaders._rungs import Call, capture_whole
+from torchstage.loaders._staging import plan_of, wants_recording
 from torchstage.options import SmartStageOptions
-from torchstage.transforms import Binder, Capture, Inputs, Plan, make_plan
+from torchstage.transforms import Binder, Capture, Inputs, Plan
 
 __all__ = ["Explanation", "explain"]
 
@@ -33,6 +36,7 @@ def explain(
     options: SmartStageOptions | None = None,
     *,
     inputs: Inputs | None = None,
+    method: str = "forward",
     rows: Sequence[int] = (),
     measure: bool = True,
     **overrides: Any,
@@ -43,13 +47,17 @@ def explain(
     is timed is the captured forward, on copies of what it may write; where that cannot be guaranteed it is not run, and
     the explanation says so. The stage is pure and always timed.
 
+    A forward that can neither be traced nor exported is recorded once, on a copy of the model, as a training step would
+    record it; what its Python code does outside of the model (a print, a file, a global) it does once.
+
     Args:
         model: any `torch.nn.Module`, in the mode (train or eval) that it is to be explained in.
         batch: one batch, as the loader gives it.
         options: those of `smart_stage`.
         inputs: maps a batch to ``(args, kwargs)`` of forward, as in `smart_stage`.
+        method: the method that a training step calls with the batch, as in `smart_stage`.
         rows: measure also with these numbers of rows, on batches cut or repeated from ``batch``.
-        measure: False to run nothing: no times, no shapes.
+        measure: False for no times and no shapes; and nothing is recorded.
         **overrides: single options by keyword.
 
     Returns:
@@ -57,7 +65,8 @@ def explain(
 
     Raises:
         TypeError: ``model`` is no module.
-        OptionError: an option is unknown or out of range, or a number of ``rows`` is no whole number of at least 1.
+        OptionError: an option is unknown or out of range, the model has no such method, or a number of ``rows`` is no
+            whole number of at least 1.
         BindingError: the batch does not bind to forward.
         MarkError: a manual mark cannot be honoured.
     """
@@ -68,12 +77,14 @@ def explain(
     options = SmartStageOptions.of(options, overrides)
     _check_rows(rows)
     plain = unwrap(model)
-    call = Binder(plain, inputs).bind(batch)
+    call = Binder(plain, inputs, method).bind(batch)
     leaves = flatten(call)[0]
     begun = time.perf_counter()
-    captured = _capture(plain, options, call)
+    captured = _capture(plain, options, call, method)
     seen = time.perf_counter()
     plan = _plan(plain, options, captured, leaves)
+    if wants_recording(captured, plan):
+        captured, plan = _recorded(plain, options, captured, plan, call, method, measure)
     planned = time.perf_counter()
     if isinstance(captured, str):
         return _unexplained(plain, plan, seen - begun)
@@ -83,13 +94,13 @@ def explain(
     return Explanation(
         plan=plan,
         operations=operations,
-        leaves=_leaves(captured, operations, leaves, _labels(plain, call, len(leaves))),
+        leaves=_leaves(captured, operations, leaves, _labels(getattr(plain, method), call, len(leaves))),
         outputs=tuple(node.name for node in next(iter(reversed(captured.graph.nodes))).all_input_nodes),
         cut=plan.cut,
         modules=_class_names(plain, plan),
         measured=measured,
         decisions=tuple(decision.sentence for decision in _decisions(captured)),
-        rung=getattr(captured, "rung", "traced"),
+        rung=captured.rung,
         advice=advise(plan, operations, captured, measured),
         capture_seconds=seen - begun,
         plan_seconds=planned - seen,
@@ -102,29 +113,38 @@ def _check_rows(rows: Sequence[int]) -> None:
             raise OptionError(f"rows must be whole numbers >= 1. Found: {number!r}.")
 
 
-def _capture(model: torch.nn.Module, options: SmartStageOptions, call: tuple[Any, Any]) -> Capture | str:
+def _capture(model: torch.nn.Module, options: SmartStageOptions, call: Call, method: str) -> Capture | str:
     """Capture as a loader's stager does; the reason if that is not possible."""
     source: Any = model if options.graph is None else options.graph
-    return capture_whole(source, call)
+    return capture_whole(source, call, method)
 
 
 def _plan(model: torch.nn.Module, options: SmartStageOptions, captured: Capture | str, leaves: list[Any]) -> Plan:
-    name = type(model).__name__
-    if isinstance(captured, str):
-        return Plan(name, model.training, (), (), uncaptured=captured)
     pool = None
     if options.use_stage_subgraph_thread_pool:
         pool = get_stage_thread_pool(options.stage_subgraph_thread_pool_id)
     tracked = [is_tracked(leaf) for leaf in leaves]
-    return make_plan(
-        captured,
-        name,
-        model.training,
-        smart=options.do_smart_stage,
-        watched=lambda position: tracked[position],
-        exact_only=pool is not None and pool.intra_op != torch.get_num_threads(),
-        lookups=options.lookups != "main",
-    )
+    threads = torch.get_num_threads()
+    return plan_of(model, captured, options, pool=pool, threads=threads, watched=lambda position: tracked[position])
+
+
+def _recorded(
+    model: torch.nn.Module,
+    options: SmartStageOptions,
+    captured: Capture | str,
+    plan: Plan,
+    call: Call,
+    method: str,
+    measure: bool,
+) -> tuple[Capture | str, Plan]:
+    """Return a recording of the forward and its plan; where there is none, what there was, with the reason."""
+    found = rehearse(model, method, call) if measure else "nothing was to be run"
+    if isinstance(found, Capture):
+        found = dataclasses.replace(found, obstacle=plan.why_empty())
+        return found, _plan(model, options, found, flatten(call)[0])
+    if not isinstance(captured, str):
+        return captured, plan
+    return captured, dataclasses.replace(plan, uncaptured=f"{captured}; and it was not recorded here: {found}")
 
 
 def _unexplained(model: torch.nn.Module, plan: Plan, seconds: float) -> Explanation:
@@ -197,9 +217,9 @@ def _leaves(
     return tuple(found)
 
 
-def _labels(model: torch.nn.Module, call: tuple[Any, Any], count: int) -> list[str]:
+def _labels(entry: Callable[..., Any], call: Call, count: int) -> list[str]:
     """Name the leaves of a call as a user would: ``features['age']``."""
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in _POSITIONAL]
+    parameters = [p for p in inspect.signature(entry).parameters.values() if p.kind in _POSITIONAL]
     labels = []
     path: Any
     with contextlib.suppress(Exception):  # a container without paths is named by position

@@ -32,6 +32,9 @@ def add_command(commands: Any) -> None:
         metavar="package.module:factory",
         help="a function without arguments that returns (model, batch) or (model, loader)",
     )
+    command.add_argument(
+        "--method", metavar="NAME", default="forward", help="the method that the training step calls, if not forward"
+    )
     command.add_argument("--html", metavar="FILE", help="also write one self-contained page")
     command.add_argument(
         "--json",
@@ -43,7 +46,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--rows", metavar="N", nargs="+", type=int, default=[], help="measure with batches of so many rows, too"
     )
-    command.add_argument("--no-measure", action="store_true", help="run nothing: no times, no shapes")
+    command.add_argument("--no-measure", action="store_true", help="no times, no shapes; nothing is recorded")
     command.set_defaults(run=lambda args: sys.exit(run(args)))
 
 
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         made = _load(args.factory)()
         model, batch = _model_and_batch(made, args.factory)
-        explanation = explain(model, batch, rows=args.rows, measure=not args.no_measure)
+        explanation = explain(model, batch, method=args.method, rows=args.rows, measure=not args.no_measure)
         _write(explanation, args.html, args.json)
     except (_UsageError, OptionError, BindingError, MarkError) as error:
         print(f"torchstage explain: {error}", file=sys.stderr)

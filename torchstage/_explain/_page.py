@@ -13,7 +13,9 @@ from torchstage._explain._values import Facts
 
 def page_of(facts: Facts) -> str:
     """Return the page. Whatever comes from the model is data, written as text by the script."""
-    record = {**record_of(facts), "summary": summary_of(facts), "times": times_of(facts)}
+    plan = facts.plan
+    shown = {"summary": summary_of(facts), "times": times_of(facts), "way": plan.way(), "timing": plan.timing()}
+    record = {**record_of(facts), **shown}
     parts = {
         "TITLE": html.escape(f"{facts.plan.model}: what runs ahead"),
         "TEXT": html.escape(text_of(facts)),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchstage._explain._values import Facts, Leaf, Measurement, Operation, Value
-from torchstage.transforms._plan import TablePlan
+from torchstage.transforms._plan import StepTimes, TablePlan
 
 SCHEMA = "torchstage.explanation"
 VERSION = 1
@@ -24,6 +24,10 @@ def record_of(facts: Facts) -> dict[str, Any]:
         "model": plan.model,
         "mode": "train" if plan.training else "eval",
         "rung": facts.rung,
+        "obstacle": plan.obstacle,
+        "planner": plan.planner,
+        "predicted": _times(plan.predicted),
+        "seen": _times(plan.measured),
         "nothing_staged": plan.why_empty(),
         "counts": {
             "operations": len(facts.operations),
@@ -92,6 +96,10 @@ def _measurement(one: Measurement) -> dict[str, Any]:
         "cut_bytes": one.cut_bytes,
         "problem": one.problem,
     }
+
+
+def _times(times: StepTimes | None) -> dict[str, float] | None:
+    return None if times is None else {"largest": times.largest, "proposed": times.proposed}
 
 
 def _table(table: TablePlan) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torchstage.transforms._plan import Plan, Reason
 def text_of(facts: Facts) -> str:
     """Return ``facts`` for a terminal."""
     lines = [summary_of(facts), *[f"  {line}" for line in times_of(facts)]]
+    lines += [f"  {facts.plan.way()}"] if facts.plan.obstacle else []
+    lines += facts.plan.timing()
     why_empty = facts.plan.why_empty()
     if why_empty:
         lines.append(f"  nothing is staged: {why_empty}")

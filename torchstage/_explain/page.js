@@ -552,6 +552,8 @@
       tiles.push(tile("cut", size(one.cut_bytes), `in ${count(record.cut.length, "value")} cross per batch`));
     }
     const parts = [make("h1", null, record.model, " ", make("small", null, `${record.mode} mode, captured: ${record.rung}`)), make("div", { class: "tiles" }, tiles)];
+    if (record.obstacle) parts.push(make("p", { class: "notice" }, ...prose(record.way)));
+    for (const line of record.timing) parts.push(make("p", null, line));
     if (record.nothing_staged) parts.push(make("p", { class: "notice" }, "Nothing is staged: ", ...prose(record.nothing_staged)));
     if (one && one.problem) parts.push(make("p", { class: "notice" }, "The forward was not run: ", ...prose(one.problem)));
     if (record.measured.length > 1) parts.push(measurements());
