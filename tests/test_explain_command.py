@@ -140,3 +140,15 @@ def test_it_runs_as_a_module_and_finds_what_is_in_the_working_folder(tmp_path: P
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Net (train): 2 of 3 operations run ahead")
+
+
+def test_the_model_of_the_readme_and_its_output() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torchstage", "explain", "torchstage._demo:example", "--no-measure"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first = done.stdout.splitlines()[0]
+    assert first == "ClickModel (train): 26 of 57 operations run ahead, and 12 of 12 lookups of trained tables"
+    assert first in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

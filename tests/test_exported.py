@@ -4,6 +4,7 @@ import copy
 import functools
 import random
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torchstage
 from tests.support import assert_same, assert_same_training, click_loader
 from torchstage._structure import flatten
 from torchstage.loaders import _stager
+from torchstage.loaders._rungs import _is_alone
 from torchstage.transforms import Capture, UntraceableError, lift, make_plan
 from torchstage.transforms._acceptance import check
 from torchstage.transforms._exported import export_forward
@@ -415,3 +417,18 @@ def train(model: nn.Module, loader: Any) -> list[torch.Tensor]:
             ]
             optimizer.step()
     return [*seen, *(value.clone() for value in model.state_dict().values())]
+
+
+def test_a_monitor_of_tqdm_does_not_keep_a_forward_from_being_exported() -> None:
+    stop = threading.Event()
+    kind: Any = type("TMonitor", (threading.Thread,), {"__module__": "tqdm._monitor"})
+    monitor, other = kind(target=stop.wait, daemon=True), threading.Thread(target=stop.wait, daemon=True)
+    monitor.start()
+    try:
+        assert _is_alone()
+        other.start()
+        assert not _is_alone()  # it might run modules
+    finally:
+        stop.set()
+        monitor.join()
+        other.join()

@@ -130,6 +130,12 @@ def run_demo(
         torch.set_num_threads(threads)
 
 
+def example() -> tuple[nn.Module, Any]:
+    """Return the demo's model and a loader, for ``python -m torchstage explain torchstage._demo:example``."""
+    torch.manual_seed(0)
+    return ClickModel(), adult_loader(Adult(), 1024)
+
+
 def _runs(data: Adult, batch_size: int, num_threads: int, capacity: int) -> tuple[Run, Run]:
     torch.manual_seed(0)
     model = ClickModel()
