@@ -494,7 +494,7 @@ def test_a_changed_setting_of_a_plain_object_or_a_class_is_noticed(
     def settings_of(model: Any) -> Any:
         return model.settings
 
-    model = Configured()
+    model: Any = Configured()
     model.settings = settings if isinstance(settings, type) else Settings()
     if isinstance(settings, type) and name == "doubled":
         monkeypatch.setattr(settings, name, False, raising=False)
