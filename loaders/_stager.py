@@ -32,6 +32,7 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
 from torchstage.transforms._capture import Capture
+from torchstage.transforms._mirror import STATE_CHANGES
 from torchstage.transforms._plan import Plan
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -185,11 +186,25 @@ class Stager:
             raise
         with self._lock:
             if self._in_force(ticket.staging):
-                mode = ticket.staging.mode
-                self._captures[mode] = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
-                self._current = self._replan(mode, self._captures[mode], unflatten(leaves, spec))
+                mode, again = ticket.staging.mode, unflatten(leaves, spec)
+                whole = self._capture_settled(mode, again)
+                recorded = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
+                self._captures[mode] = recorded if whole is None else whole
+                self._current = self._replan(mode, self._captures[mode], again)
         self.recorder.emit(stacklevel=6)
         return result
+
+    def _capture_settled(self, mode: Mode, call: Call) -> Capture | None:
+        """Capture a forward whole that could not be, since its first call changes the model's Python state.
+
+        Many fill in a setting or a cache in their first call only, which has been made now. One that changes its state in
+        every call fails here as it did before.
+        """
+        why = self._captures[mode]
+        if not isinstance(why, str) or not any(change in why for change in STATE_CHANGES):
+            return None
+        captured = self._capture(call)
+        return None if isinstance(captured, str) or captured.opaque else captured
 
     def ran(self, ticket: Ticket, leaves: list[Any], spec: TreeSpec) -> None:
         """Note that a step ran on what was staged for it."""

@@ -475,3 +475,33 @@ def test_a_submodule_that_counts_its_calls_keeps_nobody_from_staging() -> None:
         assert torch.equal(staged(x), plain(y))
     assert loader.stats.staged_steps == 12
     assert not loader.stats.fallbacks
+
+
+class Settings:
+    factor = 2.0
+
+
+@pytest.mark.parametrize("settings", [Settings, Settings()])
+@pytest.mark.parametrize(("name", "on_class"), [("factor", True), ("factor", False), ("doubled", False)])
+def test_a_changed_setting_of_a_plain_object_or_a_class_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, name: str, on_class: bool
+) -> None:
+    class Configured(Frozen):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.sin() * settings_of(self).factor
+            return (y * 2 if getattr(settings_of(self), "doubled", False) else y) * self.weight
+
+    def settings_of(model: Any) -> Any:
+        return model.settings
+
+    model: Any = Configured()
+    model.settings = settings if isinstance(settings, type) else Settings()
+    if isinstance(settings, type) and name == "doubled":
+        monkeypatch.setattr(settings, name, False, raising=False)
+    staged, loader = torchstage.smart_stage(model, numbers(30))
+    with pytest.warns(FallbackWarning, match="model changed"):
+        for step, x in enumerate(loader):
+            if step == 3:
+                monkeypatch.setattr(Settings if on_class else model.settings, name, 3.0, raising=False)
+            assert torch.equal(staged(x), model(x))
+    assert loader.stats.staged_steps > 5

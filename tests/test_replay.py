@@ -334,3 +334,22 @@ def test_a_model_with_numpy_inside_is_staged_where_torch_is_used() -> None:
 
     loader = same_training(Mixed(), batches)
     assert loader.plan.rung == "recorded"
+
+
+def test_a_forward_that_fills_in_a_setting_in_its_first_call_is_traced_after_it() -> None:
+    class Settings:
+        kind = None
+
+    class FillsIn(Counted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings = Settings()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.settings.kind is None:
+                self.settings.kind = "sum"  # type: ignore[assignment]
+            return torch.log1p(x.abs()).exp() * self.weight
+
+    loader = same_training(FillsIn(), batches)
+    assert loader.plan.rung == "traced"
+    assert loader.stats.staged_steps > 30

@@ -38,6 +38,7 @@ class Guards:
         self._equal: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._items: list[tuple[Any, tuple[Any, ...], str]] = []
         self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self._fields: list[tuple[Mapping[str, Any], frozenset[str], str]] = []
         self._seen: set[int] = set()
         for path in [*capture.inlined, *capture.modules]:
             self._add_module(modules, path)
@@ -93,6 +94,9 @@ class Guards:
         for container, items, name in self._items:
             if not _same_items(container, items):
                 return f"the contents of `{name}` changed"
+        for fields, names, name in self._fields:
+            if fields.keys() != names:  # one that the forward looked for and did not find may be there now
+                return f"other fields of `{name}` are set"
         for module in self._inlined:
             if has_hooks(module) or "forward" in module.__dict__:
                 return "a hook or a forward was set on a submodule"
@@ -141,7 +145,12 @@ class Guards:
         """Guard what a value holds: containers, arrays and the fields of plain objects, up to so many in all."""
         if len(self._seen) > _MOST_VALUES or _is_librarys(value):
             return
-        if id(value) in self._seen or isinstance(value, (type, types.ModuleType, torch.Tensor)) or callable(value):
+        if id(value) in self._seen or isinstance(value, (types.ModuleType, torch.Tensor)):
+            return
+        if isinstance(value, type):
+            self._add_class(value, name)
+            return
+        if callable(value):
             return
         self._seen.add(id(value))
         if isinstance(value, np.ndarray):
@@ -155,8 +164,22 @@ class Guards:
             for item in value:
                 self._add_inside(item, name)
         elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
+            self._fields.append((vars(value), frozenset(vars(value)), name))
             for key, item in vars(value).items():
                 self._add_value(vars(value), key, item, f"{name}.{key}")
+            self._add_class(type(value), name)
+
+    def _add_class(self, cls: type, name: str) -> None:
+        """Guard the data of a class and its bases: a forward reads it through the class or an instance."""
+        for base in cls.__mro__:
+            librarys = base.__module__.partition(".")[0] in _LIBRARIES
+            if id(base) in self._seen or librarys or issubclass(base, enum.Enum):
+                continue
+            self._seen.add(id(base))
+            for key, value in vars(base).items():
+                data = not callable(value) and not hasattr(type(value), "__get__")
+                if data and not (key.startswith("__") and key.endswith("__")):
+                    self._add_value(vars(base), key, value, f"{name}.{key}")
 
 
 def _watched(modules: dict[str, torch.nn.Module], capture: Capture) -> Iterable[tuple[str, torch.nn.Module]]:
@@ -215,5 +238,6 @@ _CONTAINERS = (
     torch.nn.ParameterList,
     torch.nn.ParameterDict,
 )
+_LIBRARIES = frozenset({*sys.stdlib_module_names, "torch", "numpy"} - {"__main__"})  # whose classes stay as they are
 _MOST_VALUES = 1000
 _MOST_BYTES = 1 << 20  # of an array: its contents are compared before every step

@@ -23,6 +23,9 @@ class UntraceableError(Exception):
     """The forward does something that a graph cannot express. The message is shown in the plan."""
 
 
+STATE_CHANGES = ("forward changes the ", "forward assigns self.")
+"""How the messages begin that a forward changes the Python state of its model, which it may do in its first call only."""
+
 MISSING = object()
 """Stands for the value of an attribute that is not there."""
 
