@@ -34,6 +34,7 @@ class Tables(nn.Module):
         self.head = nn.Linear(count * 4 + 13, 1)
 
     def forward(self, columns: list[torch.Tensor], numbers: torch.Tensor) -> torch.Tensor:
+        """Return a loss."""
         numbers = (numbers - self.mean) / self.scale
         parts = [table((column * 7 + 3) % 10_000) for table, column in zip(self.tables, columns, strict=True)]
         return self.head(torch.cat([*parts, numbers], 1)).sum()
@@ -59,7 +60,8 @@ def calls_of(count: int) -> dict[str, Callable[[], object]]:
     core = core_of(staged)
     leaves, spec = flatten((batch, {}))
     ticket = core.registry.find(leaves)
-    assert ticket is not None and ticket.refuse(leaves, spec) is None
+    assert ticket is not None
+    assert ticket.refuse(leaves, spec) is None
     parts = ticket.staging.parts
     assert parts is not None
     loader.close()
