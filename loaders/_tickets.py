@@ -92,7 +92,7 @@ class Ticket:
             if not snapshot.holds(leaves[position]):
                 return "batch written", None
         for name, tensor, version in self._versions:
-            if tensor.requires_grad or _state_of(tensor) != version:
+            if tensor.requires_grad or not _is_in(tensor, version):
                 return "frozen state changed", name
         for value, version in self._value_versions:
             if version_of(value) != version:
@@ -211,6 +211,14 @@ def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """
     storage = StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else None
     return tensor._version, storage, tensor.dtype
+
+
+def _is_in(tensor: torch.Tensor, state: tuple[Any, ...]) -> bool:
+    """Whether `_state_of` would be equal; without a new weak reference, at every step."""
+    version, storage, dtype = state
+    if tensor._version != version or tensor.dtype != dtype or (tensor.layout is torch.strided) != (storage is not None):
+        return False
+    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
 
 
 def _is_weak(leaf: object) -> bool:

@@ -6,15 +6,17 @@ changes one of them (replaces a table, anneals a temperature, adds a hook) gets 
 
 import collections
 import enum
+import itertools
+import operator
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchstage.transforms._capture import Capture, has_global_hooks, has_hooks, hooks_of
+from torchstage.transforms._capture import Capture, has_global_hooks, hooks_of
 from torchstage.transforms._effect_kinds import Kind
 from torchstage.transforms._mirror import MISSING
 from torchstage.transforms._module_effects import module_effect
@@ -80,35 +82,42 @@ class Guards:
                 self._missing.append((modules[path], name))
                 continue
             self._add_value(vars(modules[path]), name, value, f"{path}.{name}" if path else name)
+        self._replaced = _Identities(self._same)
+        self._scalars = _Identities(self._equal)
+        self._registries = [owner for owner, _, _ in self._registered]
+        self._lengths = [len(items) for _, items, _ in self._registered]
+        self._members = _Identities(
+            [(owner, key, value, name) for owner, items, name in self._registered for key, value in items]
+        )
         self._measured = [(t, t.shape, t.dtype, t.device) for t in capture.measured]
 
     def broken(self) -> str | None:
         """Name the first thing that is not as it was at capture, or None."""
-        for owner, key, value, name in self._same:
-            if owner.get(key) is not value:
-                return f"`{name}` was replaced"
-        for owner, key, value, name in self._equal:
-            now = owner.get(key)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return f"attribute `{name}` changed"
+        replaced = self._replaced.first()
+        if replaced is not None:
+            return f"`{replaced}` was replaced"
+        if not self._scalars.hold():  # not the very objects, but perhaps equal ones
+            for owner, key, value, name in self._equal:
+                now = owner.get(key)
+                if now is not value and (type(now) is not type(value) or now != value):
+                    return f"attribute `{name}` changed"
         for container, items, name in self._items:
             if not _same_items(container, items):
                 return f"the contents of `{name}` changed"
         for fields, names, name in self._fields:
             if fields.keys() != names:  # one that the forward looked for and did not find may be there now
                 return f"other fields of `{name}` are set"
-        for module in self._inlined:
-            if has_hooks(module) or "forward" in module.__dict__:
-                return "a hook or a forward was set on a submodule"
-        if any(self._hooks) or any("forward" in own for own in self._own):
+        inlined = list(map(vars, self._inlined))
+        if any(itertools.chain.from_iterable(map(_HOOKS, inlined))) or any(map(_HAS_FORWARD, inlined)):
+            return "a hook or a forward was set on a submodule"
+        if any(self._hooks) or any(map(_HAS_FORWARD, self._own)):
             return "a hook or a forward was set on a layer"
         if has_global_hooks() or "forward" in self._root.__dict__ or self._method in self._root.__dict__:
             return "a hook on all modules or a forward was set"
         if getattr(type(self._root), self._method, None) != self._entry:
             return f"`{self._method}` of the class was replaced"
-        for owner, items, name in self._registered:
-            if len(owner) != len(items) or any(owner.get(key, owner) is not value for key, value in items):
-                return f"{name} changed"
+        if list(map(len, self._registries)) != self._lengths or not self._members.hold():
+            return f"{self._first_registered()} changed"
         for module, name in self._missing:
             if hasattr(module, name):
                 return f"attribute `{name}` was set"
@@ -119,6 +128,13 @@ class Guards:
             if tensor.dtype != dtype or tensor.device != device or tensor.shape != shape:
                 return "a tensor of the model changed its shape, dtype or device"
         return None
+
+    def _first_registered(self) -> str:
+        """Name the first of the registries that is not as it was."""
+        for owner, items, name in self._registered:
+            if len(owner) != len(items) or any(owner.get(key, owner) is not value for key, value in items):
+                return name
+        return "what a module registers"
 
     def _add_module(self, modules: dict[str, torch.nn.Module], path: str) -> None:
         if path:
@@ -182,6 +198,32 @@ class Guards:
                     self._add_value(vars(base), key, value, f"{name}.{key}")
 
 
+class _Identities:
+    """Whether entries of dictionaries are the very objects that they were: a loop that runs in C, at every step."""
+
+    def __init__(self, entries: Sequence[tuple[Mapping[str, Any], str, Any, str]]) -> None:
+        self._entries = entries
+        # `dict.get` does not call what a subclass of dict, or the namespace of a class, has in its place.
+        plain = [entry for entry in entries if type(entry[0]) in _PLAIN_DICTS]
+        self._others = [entry for entry in entries if type(entry[0]) not in _PLAIN_DICTS]
+        self._owners: Any = [entry[0] for entry in plain]
+        self._keys = [entry[1] for entry in plain]
+        self._values = [entry[2] for entry in plain]
+
+    def hold(self) -> bool:
+        """Whether all are; a missing entry is not."""
+        owners = self._owners
+        return all(map(operator.is_, map(dict.get, owners, self._keys, owners), self._values)) and all(
+            owner.get(key, owner) is value for owner, key, value, _ in self._others
+        )
+
+    def first(self) -> str | None:
+        """Name the first that is not, or None."""
+        if self.hold():
+            return None
+        return next((name for owner, key, value, name in self._entries if owner.get(key, owner) is not value), None)
+
+
 def _watched(modules: dict[str, torch.nn.Module], capture: Capture) -> Iterable[tuple[str, torch.nn.Module]]:
     """Yield the modules whose registered tensors and submodules a graph holds: not those that it calls as a whole.
 
@@ -228,9 +270,12 @@ def _flat(container: Any) -> Iterable[Any]:
 
 def _same_items(container: Any, items: tuple[Any, ...]) -> bool:
     now = tuple(_flat(container))
-    return len(now) == len(items) and all(a is b for a, b in zip(now, items, strict=True))
+    return len(now) == len(items) and all(map(operator.is_, now, items))
 
 
+_PLAIN_DICTS = (dict, collections.OrderedDict)
+_HOOKS: Any = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HAS_FORWARD = operator.methodcaller("__contains__", "forward")
 _CONTAINERS = (
     torch.nn.ModuleList,
     torch.nn.ModuleDict,

@@ -1,7 +1,5 @@
 """The cheapest way to part a network in two: a minimum cut by Dinic's method. Pure."""
 
-import collections
-
 UNBOUNDED = 1 << 62
 """The capacity of an edge that must not be cut."""
 
@@ -16,8 +14,7 @@ class Network:
     SINK = 1
 
     def __init__(self) -> None:
-        self._edges: list[list[int]] = [[], []]
-        self._heads: list[int] = []
+        self._edges: list[list[tuple[int, int]]] = [[], []]  # of each vertex: number of the edge, and where it leads
         self._room: list[int] = []
 
     def add_vertex(self) -> int:
@@ -27,70 +24,68 @@ class Network:
 
     def add_edge(self, tail: int, head: int, capacity: int) -> None:
         """Add an edge that costs ``capacity`` if ``tail`` ends on the source's side and ``head`` on the sink's."""
-        for start, end, room in ((tail, head, capacity), (head, tail, 0)):  # the second is the way back of the first
-            self._edges[start].append(len(self._heads))
-            self._heads.append(end)
-            self._room.append(room)
+        room = self._room
+        self._edges[tail].append((len(room), head))
+        self._edges[head].append((len(room) + 1, tail))  # the way back of the first
+        room += (capacity, 0)
 
     def cheapest_side(self) -> list[bool]:
         """Return for each vertex whether it is on the source's side of a cheapest cut; the largest such side."""
         while True:
             level = self._levels()
-            if level[self.SINK] < 0:
-                break
+            if level[self.SOURCE] < 0:
+                return [distance < 0 for distance in level]  # they do not reach the sink
             self._block(level)
-        reaches_sink = [False] * len(self._edges)
-        reaches_sink[self.SINK] = True
-        todo = [self.SINK]
-        while todo:
-            vertex = todo.pop()
-            for edge in self._edges[vertex]:
-                before = self._heads[edge]
-                if self._room[edge ^ 1] and not reaches_sink[before]:
-                    reaches_sink[before] = True
-                    todo.append(before)
-        return [not reaches for reaches in reaches_sink]
 
     def _levels(self) -> list[int]:
-        level = [-1] * len(self._edges)
-        level[self.SOURCE] = 0
-        todo = collections.deque([self.SOURCE])
-        while todo:
-            vertex = todo.popleft()
-            for edge in self._edges[vertex]:
-                head = self._heads[edge]
-                if self._room[edge] and level[head] < 0:
-                    level[head] = level[vertex] + 1
-                    todo.append(head)
+        """Return each vertex's distance to the sink, of those farther than the source -1, if that reaches it."""
+        edges, room = self._edges, self._room
+        level = [-1] * len(edges)
+        level[self.SINK] = distance = 0
+        front = [self.SINK]
+        while front and level[self.SOURCE] < 0:
+            distance += 1
+            found = []
+            for vertex in front:
+                for edge, before in edges[vertex]:
+                    if level[before] < 0 and room[edge ^ 1]:
+                        level[before] = distance
+                        found.append(before)
+            front = found
         return level
 
     def _block(self, level: list[int]) -> None:
         """Send flow along shortest paths until none is left: depth first, without recursion."""
-        edges, heads, room = self._edges, self._heads, self._room
+        edges, room, sink = self._edges, self._room, self.SINK
         untried = [0] * len(edges)
         path: list[int] = []
+        tails: list[int] = []
         vertex = self.SOURCE
         while True:
-            if vertex == self.SINK:
+            if vertex == sink:
                 flow = min([room[edge] for edge in path])
-                for edge in path:
+                full = -1
+                for place, edge in enumerate(path):
                     room[edge] -= flow
                     room[edge ^ 1] += flow
-                full = next(i for i, edge in enumerate(path) if not room[edge])
-                vertex = heads[path[full] ^ 1]
-                del path[full:]
+                    if full < 0 and not room[edge]:
+                        full = place
+                vertex = tails[full]
+                del path[full:], tails[full:]
                 continue
+            below = level[vertex] - 1
             choices = edges[vertex]
-            while untried[vertex] < len(choices):
-                edge = choices[untried[vertex]]
-                if room[edge] and level[heads[edge]] == level[vertex] + 1:
+            for place in range(untried[vertex], len(choices)):
+                edge, head = choices[place]
+                if level[head] == below and room[edge]:
+                    untried[vertex] = place
+                    path.append(edge)
+                    tails.append(vertex)
+                    vertex = head
                     break
-                untried[vertex] += 1
             else:
                 if not path:
                     return
-                level[vertex] = -1  # a dead end
-                vertex = heads[path.pop() ^ 1]
-                continue
-            path.append(edge)
-            vertex = heads[edge]
+                level[vertex] = -2  # a dead end
+                path.pop()
+                vertex = tails.pop()
