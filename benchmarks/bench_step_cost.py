@@ -29,6 +29,8 @@ class Tables(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.tables = nn.ModuleList([nn.Embedding(10_000, 4) for _ in range(count)])
+        self.mean: torch.Tensor
+        self.scale: torch.Tensor
         self.register_buffer("mean", torch.zeros(13))
         self.register_buffer("scale", torch.ones(13))
         self.head = nn.Linear(count * 4 + 13, 1)
@@ -37,7 +39,8 @@ class Tables(nn.Module):
         """Return a loss."""
         numbers = (numbers - self.mean) / self.scale
         parts = [table((column * 7 + 3) % 10_000) for table, column in zip(self.tables, columns, strict=True)]
-        return self.head(torch.cat([*parts, numbers], 1)).sum()
+        loss: torch.Tensor = self.head(torch.cat([*parts, numbers], 1)).sum()
+        return loss
 
 
 def per_call(call: Callable[[], object], repeats: int) -> float:
