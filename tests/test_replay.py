@@ -353,3 +353,16 @@ def test_a_forward_that_fills_in_a_setting_in_its_first_call_is_traced_after_it(
     loader = same_training(FillsIn(), batches)
     assert loader.plan.rung == "traced"
     assert loader.stats.staged_steps > 30
+
+
+def test_operators_that_trust_their_arguments_are_not_called_ahead_with_those_of_another_batch() -> None:
+    class Trusts(Counted):
+        """As a kernel of another library does: it would write as many values as the first batch had."""
+
+        def work(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.mul.Scalar(x, x.numel()) * self.weight + x.sin()
+
+    model, loader = staged(Trusts())
+    for x in loader:
+        model(x)
+    assert {node.target for node in loader.plan.lifted} == {"sin"}

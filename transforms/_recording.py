@@ -100,7 +100,9 @@ class Recording(TorchFunctionMode):
         return result
 
     def _record(self, func: Any, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        unknown = escapes(key) or self._ambient != Ambient.now(with_device=False)._replace(grad=True)
+        unknown = (
+            escapes(key) or _is_unchecked(func) or self._ambient != Ambient.now(with_device=False)._replace(grad=True)
+        )
         known: list[torch.fx.Node] = []
 
         def seen(value: Any) -> Any:
@@ -114,6 +116,7 @@ class Recording(TorchFunctionMode):
             node = self._node_of(value)
             if node is not None:
                 known.append(node)
+                unknown = unknown or (isinstance(value, torch.Tensor) and value.device.type != "cpu")
                 return Ref(node)
             unknown = unknown or not isinstance(value, PLAIN)
             return value
@@ -166,6 +169,20 @@ class Recording(TorchFunctionMode):
         self._nodes[id(value)] = node
         self._alive.append(value)
         return node
+
+
+def _is_unchecked(func: Any) -> bool:
+    """Whether a function may go astray in memory where its arguments do not fit together.
+
+    A number or a tensor that Python code made from one batch is handed to the next one's call ahead of the step. ATen's
+    public operators on the CPU check their arguments, so that such a call fails and nothing is lost. Operators of other
+    libraries trust them, and kernels of another device end the process.
+    """
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return True
+    name = getattr(func, "__name__", "_")
+    dunder = name.startswith("__") and name.endswith("__")
+    return (name.startswith("_") and not dunder) or name.startswith("sparse_") or name in _TRUSTING
 
 
 def can_be_recorded(model: torch.nn.Module) -> bool:
@@ -242,6 +259,7 @@ PLAIN = (
     torch.memory_format,
     torch.Size,
 )
+_TRUSTING = frozenset("as_strided segment_reduce frombuffer nested_tensor_from_jagged".split())
 _ESCAPES = frozenset(
     [
         ("__get__", "data"),
