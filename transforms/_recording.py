@@ -126,7 +126,7 @@ class Recording(TorchFunctionMode):
             return  # nothing that is made ahead records gradients
         if unknown:
             node = self._graph.call_function(unrecorded, tuple(known))
-            node.meta["called"] = getattr(func, "__name__", "")
+            node.meta.update(called=getattr(func, "__name__", ""), escapes=escapes(key))
         elif func is torch.Tensor.__getitem__:
             node = self._graph.call_function(operator.getitem, _arguments(call.args))
         elif isinstance(key, tuple):

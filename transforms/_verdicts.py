@@ -102,6 +102,8 @@ class Judge:
 
     def _writes_of(self, node: torch.fx.Node) -> int:
         effect = self._effects[node]
+        if effect.kind is Kind.UNKNOWN and self.capture.rung == "recorded" and not node.meta.get("escapes"):
+            return 0  # a replay sees by the versions whether it did write
         if effect.kind in (Kind.WRITES, Kind.UNKNOWN):
             return self._roots_of_all(written_by(node, effect)) | self._bits_of_state(node)
         return self._bits_of_state(node) if effect.kind is Kind.UPDATES else 0
