@@ -15,7 +15,7 @@ from torchstage.loaders._parts import Call, Parts, locate
 from torchstage.loaders._rows import Rows
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._guards import Guards
 from torchstage.transforms._lift import Lifted, lift
 from torchstage.transforms._plan import Plan

@@ -15,7 +15,7 @@ from torchstage.loaders._differences import difference
 from torchstage.loaders._graphs import GraphParts
 from torchstage.loaders._rerun import Plain, Run
 from torchstage.loaders._twin import copy_tree
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 
 
 class NotedRows:

@@ -18,7 +18,7 @@ from torchstage.loaders._rows import Rows, gather
 from torchstage.loaders._sites import Site
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._lift import Ahead
 from torchstage.transforms._verdicts import input_position

@@ -21,7 +21,7 @@ from torchstage.loaders._policy import Policy
 from torchstage.loaders._staging import Staging
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._costs import Figures, choose, largest, problem_of, with_choice
 from torchstage.transforms._plan import Plan, StepTimes
 

@@ -16,7 +16,7 @@ from torchstage.loaders._twin import (
     devices_of,
     is_one_of_many,
 )
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._frames import sentence
 from torchstage.transforms._recording import can_be_recorded
 

@@ -21,7 +21,7 @@ from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lift import lift_all
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._recording import Call as Recorded

@@ -22,7 +22,7 @@ from torchstage.loaders._twin import (
     devices_of,
     without_hooks,
 )
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 
 
 @dataclasses.dataclass(frozen=True)

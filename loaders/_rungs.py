@@ -8,7 +8,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from torchstage.transforms._acceptance import check
-from torchstage.transforms._capture import Capture, capture
+from torchstage.transforms._capture import capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._mirror import UntraceableError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

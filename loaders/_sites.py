@@ -10,7 +10,7 @@ import torch.fx
 from torchstage.loaders._optimizers import table_of
 from torchstage.loaders._tables import Table
 from torchstage.stats import LookupCounts
-from torchstage.transforms._capture import has_hooks
+from torchstage.transforms._hooks import has_hooks
 from torchstage.transforms._lift import Gather, Origin
 from torchstage.transforms._lookups import Form, Lookup
 

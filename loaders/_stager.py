@@ -31,7 +31,7 @@ from torchstage.loaders._verify import Verifier
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._mirror import STATE_CHANGES
 from torchstage.transforms._plan import Plan
 

@@ -14,7 +14,7 @@ from torchstage.loaders._replay import ReplayParts
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._analysis import make_plan
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._recording import can_be_recorded
 

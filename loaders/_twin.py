@@ -18,7 +18,8 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from torchstage._structure import hand_out, is_constant, is_text_leaf, map_leaves, memory_of
-from torchstage.transforms._capture import Capture, has_hooks
+from torchstage.transforms._captured import Capture
+from torchstage.transforms._hooks import has_hooks
 
 
 class CannotVerifyError(Exception):

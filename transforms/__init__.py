@@ -2,7 +2,8 @@
 
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._binding import Binder, Inputs
-from torchstage.transforms._capture import Capture, capture
+from torchstage.transforms._capture import capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lift import Lifted, lift
 from torchstage.transforms._mirror import UntraceableError
 from torchstage.transforms._plan import NodePlan, Plan, Reason

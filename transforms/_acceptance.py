@@ -18,7 +18,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from torchstage._structure import flatten, hand_out, is_text_leaf, unflatten
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._differences import FEW, close, compact, difference_of
 from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._frames import sentence

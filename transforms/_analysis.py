@@ -8,7 +8,7 @@ import torch.fx
 
 from torchstage import markers
 from torchstage.errors import MarkError
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind
 from torchstage.transforms._lookups import Lookup, Unliftable, find_lookup
 from torchstage.transforms._plan import NodePlan, Plan, Reason, TablePlan, at
@@ -191,7 +191,7 @@ def _node_plan(node: torch.fx.Node, verdict: Verdict, reason: Reason) -> NodePla
     )
     return NodePlan(
         name=node.name,
-        target=target,
+        target=node.meta.get("called") or target,
         path=node.meta.get("path", ""),
         source=node.meta.get("source", ""),
         lifted=verdict.lifted,

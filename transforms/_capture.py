@@ -11,14 +11,13 @@ forward, or there is none and `UntraceableError` says why.
 """
 
 import collections
-import dataclasses
 import functools
 import gc
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,74 +26,17 @@ from torch.fx.proxy import Scope, TracerBase
 from torch.utils import _device
 
 from torchstage._mode import Ambient
-from torchstage._structure import TreeSpec, flatten, is_constant, layout_of, unflatten
+from torchstage._structure import flatten, is_constant, layout_of, unflatten
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._decisions import Decision, Decisions, asks_only, decide
 from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
+from torchstage.transforms._hooks import has_global_hooks, has_hooks, holds_mutable, is_leaf, is_torchs
 from torchstage.transforms._kinds import is_number
 from torchstage.transforms._mirror import Mirror, UntraceableError
 from torchstage.transforms._recorder import Recorder
 from torchstage.transforms._value import Attribute, Number, Value
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
-
-if TYPE_CHECKING:  # its import takes half a second
-    from torchstage.transforms._shapes import ShapeConstraints
-
-
-@dataclasses.dataclass(frozen=True)
-class Capture:
-    """A captured forward.
-
-    Attributes:
-        graph: one placeholder per value leaf of the call's arguments; the output is the list of the result's leaves.
-        in_spec: structure of ``(args, kwargs)``.
-        constants: the leaves of ``(args, kwargs)`` that were fixed at capture, by position.
-        out_spec: structure of the result.
-        state: every tensor that the graph reads itself, by the target of its ``get_attr`` nodes.
-        foreign: the targets in ``state`` that are no parameter, buffer or tensor attribute of the model.
-        modules: the submodules that the graph calls as a whole, by path.
-        opaque: why a submodule is called as a whole, by path, where that was not by choice.
-        inlined: paths of the modules whose own forward was traced through.
-        attributes: Python attributes that the forward read: (module path, name, value).
-        measured: tensors of the model whose shape, dtype or device the forward's Python code read.
-        trained: the parameters that require grad; other tensors may share their memory.
-        globals: names outside the model that the forward read: (dictionary, name, value).
-        method: the method that was captured.
-        outside: modules that the forward found outside the tree of registered ones, by the path they go under.
-        assigned: attributes that the forward assigns, as (module path, name). The result's leaves are then those of
-            ``(result, [values])``.
-        rung: how it was captured.
-        decisions: what the forward's Python code took from shapes, lengths and types; None if nothing.
-        obstacle: why it could not be captured in a way that is cheaper to run; empty for a traced one.
-        arrays: the NumPy arrays that the graph reads itself, by the target of their ``get_attr`` nodes.
-        varying: names of operations that seldom turned up again in a forward that was recorded.
-    """
-
-    graph: torch.fx.Graph
-    in_spec: TreeSpec
-    constants: dict[int, Any]
-    out_spec: TreeSpec
-    state: dict[str, torch.Tensor]
-    foreign: frozenset[str]
-    modules: dict[str, torch.nn.Module]
-    opaque: dict[str, str]
-    inlined: tuple[str, ...]
-    attributes: tuple[tuple[str, str, Any], ...]
-    measured: tuple[torch.Tensor, ...]
-    trained: tuple[torch.Tensor, ...]
-    globals: tuple[tuple[Any, str, Any], ...]
-    method: str = "forward"
-    outside: dict[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
-    assigned: tuple[tuple[str, str], ...] = ()
-    rung: str = "traced"
-    decisions: "Decisions | ShapeConstraints | None" = None
-    obstacle: str = ""
-    arrays: dict[str, "np.ndarray[Any, Any]"] = dataclasses.field(default_factory=dict)
-    varying: frozenset[str] = frozenset()
-
-    def held(self, target: str) -> Any:
-        """Return the tensor or array that a ``get_attr`` node with that target reads."""
-        return self.state[target] if target in self.state else self.arrays[target]
 
 
 def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any], method: str = "forward") -> Capture:
@@ -248,7 +190,7 @@ class _Tracer(TracerBase):
         if not path and has_hooks(module):
             raise UntraceableError(f"{self._method} calls the model itself, which has hooks")
         if path in self._opaque or is_leaf(module):
-            if not _is_torchs(module) and _holds_mutable((*args, *kwargs.values())):
+            if not is_torchs(module) and holds_mutable((*args, *kwargs.values())):
                 # What it changes in its copy would be missing in the caller's.
                 raise UntraceableError(f"{path} is called as a whole with a container, which it may change")
             self._called[path] = module
@@ -367,58 +309,6 @@ class _Tracer(TracerBase):
             self._foreign.add(name)
         self._state[name] = tensor
         return self.create_node("get_attr", name, (), {})
-
-
-def is_leaf(module: torch.nn.Module) -> bool:
-    """Whether a submodule is called as a whole: torch's own layers, and any whose call does more than its forward."""
-    if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
-        return True
-    if "parametrizations" in module._modules:
-        return True
-    home = type(module).__module__
-    return home.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, torch.nn.Sequential)
-
-
-def _is_torchs(module: torch.nn.Module) -> bool:
-    """Whether a call of ``module`` runs only code of torch's, which leaves its arguments as they are."""
-    home = type(module).__module__
-    return not has_hooks(module) and "forward" not in vars(module) and home.startswith(("torch.nn.", "torch.jit."))
-
-
-def _holds_mutable(arguments: Sequence[Any]) -> bool:
-    """Whether one of the arguments is a container that can be changed; a value of the graph is none."""
-    for value in arguments:
-        if type(value) is tuple:
-            if _holds_mutable(value):
-                return True
-        elif (
-            type(value) not in (Value, Number, Attribute)
-            and not is_constant(value)
-            and not isinstance(value, (torch.Tensor, int, float))
-        ):
-            return True
-    return False
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks besides its forward."""
-    return any(hooks_of(module))
-
-
-def hooks_of(module: torch.nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """Return the live dictionaries of the hooks that a call of ``module`` runs."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def has_global_hooks() -> bool:
-    """Whether every module's call runs hooks besides its forward."""
-    hooks = torch.nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
 
 
 def tensors_of(model: torch.nn.Module, root: str = "") -> list[tuple[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from torchstage.transforms._analysis import cut_of
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._min_cut import UNBOUNDED, Network
 from torchstage.transforms._plan import NodeCost, Plan, Reason

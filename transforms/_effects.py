@@ -66,7 +66,7 @@ def effect_of(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Effect:
         return _operator_effect(target, node)
     if getattr(target, "__module__", None) in TORCH_MODULES:
         return _torch_effect(target.__name__, node)
-    return Effect(Kind.UNKNOWN, f"calls {getattr(target, '__qualname__', target)}")
+    return Effect(Kind.UNKNOWN, f"calls {node.meta.get('called') or getattr(target, '__qualname__', target)}")
 
 
 def is_exact(node: torch.fx.Node) -> bool:

@@ -31,8 +31,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 
 from torchstage._structure import TreeSpec, flatten, is_constant, unflatten
-from torchstage.transforms._capture import Capture, has_global_hooks, has_hooks
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._frames import sentence
+from torchstage.transforms._hooks import has_global_hooks, has_hooks
 from torchstage.transforms._mirror import UntraceableError
 from torchstage.transforms._reads import Reads
 from torchstage.transforms._replica import Replica

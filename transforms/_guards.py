@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchstage.transforms._capture import Capture, has_global_hooks, hooks_of
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._effect_kinds import Kind
+from torchstage.transforms._hooks import has_global_hooks, hooks_of
 from torchstage.transforms._mirror import MISSING
 from torchstage.transforms._module_effects import module_effect
 

@@ -14,7 +14,7 @@ import torch.fx
 from torchstage import markers
 from torchstage._structure import flatten
 from torchstage.transforms._analysis import cut_of
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._twins import twin

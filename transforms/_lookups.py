@@ -10,7 +10,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from torchstage.transforms._capture import Capture, has_hooks
+from torchstage.transforms._captured import Capture
+from torchstage.transforms._hooks import has_hooks
 
 
 class Form(enum.Enum):

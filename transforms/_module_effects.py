@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from torchstage.transforms._capture import has_hooks
 from torchstage.transforms._effect_kinds import Effect, Kind
+from torchstage.transforms._hooks import has_hooks
 from torchstage.transforms._script_effects import script_effect
 
 

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from torchstage._mode import Ambient
 from torchstage._structure import TreeSpec, flatten, is_constant
-from torchstage.transforms._capture import Capture, tensors_of
+from torchstage.transforms._capture import tensors_of
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._frames import user_line
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch.fx
 
 from torchstage.transforms._analysis import cut_of
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lift import Part, extract
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._verdicts import without_marks

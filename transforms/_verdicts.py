@@ -8,7 +8,7 @@ import torch.fx
 
 from torchstage import markers
 from torchstage._structure import memory_of
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._effect_memory import shared_with, written_by
 from torchstage.transforms._effects import Effect, Kind, effect_of, is_exact, is_metadata
 from torchstage.transforms._lookups import Form, Lookup, find_lookup

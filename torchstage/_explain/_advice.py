@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torchstage._explain._text import family_of
 from torchstage._explain._values import Advice, Measurement, Operation, number_of, size_text, time_text
-from torchstage.transforms._capture import Capture
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._lookups import Lookup, find_lookup
 from torchstage.transforms._plan import NodePlan, Plan, Reason, TablePlan, at
 

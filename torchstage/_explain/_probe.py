@@ -28,8 +28,9 @@ from torchstage._explain._values import Measurement, Value, size_text
 from torchstage._mode import Ambient
 from torchstage._structure import flatten, hand_out, memory_of
 from torchstage.transforms._analysis import cut_of
-from torchstage.transforms._capture import Capture, has_hooks
+from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
+from torchstage.transforms._hooks import has_hooks
 from torchstage.transforms._lift import Part, extract
 from torchstage.transforms._plan import Plan, at
 
