@@ -370,7 +370,7 @@ def test_law6_ctrl_c_while_waiting_is_raised_in_the_loop() -> None:
         def slow():
             yield torch.zeros(3)
             waiting.set()
-            threading.Event().wait(1)
+            threading.Event().wait(4)  # longer than the interrupt needs on a busy machine
 
         loader = torchstage.StagedDataLoader(slow())
         def interrupt():
