@@ -28,11 +28,9 @@ wrong.
 """
 
 import contextlib
-import sys
+import functools
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +43,7 @@ from torchstage.errors import (
     TorchstageWarning,
     add_note,
 )
+from torchstage.loaders._crew import Crew
 from torchstage.loaders._feed import Feed, bytes_of
 from torchstage.loaders._source import Batch, Source
 from torchstage.loaders._stager import Bound, Stager
@@ -85,17 +84,13 @@ class Pipeline:
         self.recorder = recorder
         self.stager = stager
         self._tuner = tuner
-        self._num_threads = options.num_threads if tuner is None else tuner.feed.num_threads
+        self.crew = Crew(recorder.name, options.num_threads if tuner is None else tuner.feed.num_threads)
         self.channel: Channel[Item] = Channel(options.capacity if tuner is None else tuner.feed.capacity)
         self._reading = threading.Lock()
         self._next_index = 0
         self._ended = False
         self._in_hand: dict[int, Any] = {}
-        self._crew_lock = threading.RLock()  # a finalizer may stop the pipeline inside
-        self._crew: dict[int, threading.Thread] = {}
-        self._leaving: list[threading.Thread] = []
         self._worker = threading.local()
-        self._stopped = False
         self._holding_back = options.num_clients == 1
 
     def start(self) -> None:
@@ -110,35 +105,19 @@ class Pipeline:
         self._tell_tuner(Tuner.begin)
         tuner = self._tuner
         if tuner is None:
-            self.resize(self._num_threads, self.channel.capacity)
+            self.resize(self.crew.num_threads, self.channel.capacity)
         else:
             self.resize(1, self.channel.capacity)
             self._obey(tuner.feed)  # more than one were not asked for by the user: without them it goes on
 
     def resize(self, num_threads: int, capacity: int) -> None:
-        """Go on with so many workers and so much room in the buffer, from the next batch on."""
-        self.channel.resize(capacity)
-        with self._crew_lock:
-            self._num_threads = num_threads
-            self._leaving = [thread for thread in self._leaving if thread.is_alive()]
-            for number in range(num_threads):
-                if self._stopped:
-                    return
-                if number not in self._crew:
-                    name = f"torchstage-{self.recorder.name}-{number}"
-                    thread = threading.Thread(target=_work, args=(self, number), name=name, daemon=True)
-                    thread.start()
-                    self._crew[number] = thread
+        """Go on with so many workers and so much room in the buffer, from the next batch on.
 
-    def stays(self, number: int) -> bool:
-        """Whether worker ``number`` is to go on; if not, it must end."""
-        if number < self._num_threads:
-            return True
-        with self._crew_lock:  # or a resize that finds the worker still there would count on it
-            if number < self._num_threads:
-                return True
-            self._leaving.append(self._crew.pop(number))
-            return False
+        Raises:
+            RuntimeError: the system starts no more threads; those that there are go on.
+        """
+        self.channel.resize(capacity)
+        self.crew.resize(num_threads, functools.partial(_work, self))
 
     def _first(self) -> Batch | None:
         while True:
@@ -177,22 +156,7 @@ class Pipeline:
     def stop(self, timeout: float = 5.0) -> None:
         """Stop all workers; wait at most ``timeout`` seconds for them."""
         self.channel.cancel()
-        with self._crew_lock:
-            self._stopped = True
-            threads = [*self._crew.values(), *self._leaving]
-        if threading.current_thread() in threads:
-            return  # garbage collection ran a finalizer on a worker: the others may wait for what this one holds
-        deadline = time.monotonic() + timeout
-        for thread in threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        for thread in threads:
-            if thread.is_alive():
-                warnings.warn(
-                    f"the thread {thread.name!r} did not stop within {timeout} s; it hangs at {_where(thread)}. It cannot "
-                    "keep the process alive, but what it holds is not released.",
-                    TorchstageWarning,
-                    stacklevel=2,
-                )
+        self.crew.stop(timeout)
 
     def leftovers(self) -> list[Any]:
         """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
@@ -280,14 +244,12 @@ class Pipeline:
 
     def _obey(self, feed: Feed) -> None:
         wanted = (feed.num_threads, feed.capacity)
-        if wanted == (self._num_threads, self.channel.capacity):
+        if wanted == (self.crew.num_threads, self.channel.capacity):
             return
         try:
             self.resize(*wanted)
         except RuntimeError as error:  # the system has no more threads; those that there are go on
-            with self._crew_lock:
-                self._num_threads = max(self._crew, default=0) + 1
-            feed.put_back(self._num_threads)
+            feed.put_back(self.crew.num_threads)
             self.recorder.warn_once("threads", TorchstageWarning, f"no more threads can be started: {error}")
 
     def _put(self, index: int, item: Item) -> None:
@@ -329,7 +291,7 @@ def _work(pipeline: Pipeline, number: int) -> None:
     """Read and stage until the end, an error, a stop or a resize that needs no such worker. The body of a thread."""
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
-        while pipeline.stays(number) and (got := pipeline.read()) is not None:
+        while pipeline.crew.stays(number) and (got := pipeline.read()) is not None:
             try:
                 pipeline.process(*got)
             except (ChannelCancelled, ChannelClosed):
@@ -337,11 +299,3 @@ def _work(pipeline: Pipeline, number: int) -> None:
             except BaseException as error:  # noqa: BLE001 - else the client would wait for this batch for ever
                 pipeline.broke(got[0], error)
             del got  # or this frame keeps the batch alive while it waits for the next
-
-
-def _where(thread: threading.Thread) -> str:
-    frame = sys._current_frames().get(thread.ident or -1)
-    if frame is None:
-        return "its end"
-    last = traceback.extract_stack(frame)[-1]
-    return f"{last.filename}:{last.lineno} in {last.name}"

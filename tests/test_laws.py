@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from tests.support import (
     word_batches,
 )
 from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.loaders._staged import StagedIterator
 from torchstage.loaders._tickets import Ticket
 
 # ---------------------------------------------------------------- law 1: same numbers
@@ -105,10 +107,12 @@ def test_law1_frozen_state_is_read_ahead_and_stays_equal_when_the_user_changes_i
             return (x.exp() - self.mean).relu() * self.weight
 
     def steps(model: Any, loader: Any) -> list[torch.Tensor]:
-        outputs = []
-        for step, x in enumerate(loader):
+        outputs, batches = [], iter(loader)
+        for step, x in enumerate(batches):
             outputs.append(model(x).detach())
             if step % 4 == 3:
+                while isinstance(batches, StagedIterator) and step < 36 and not batches._epoch.pipeline.channel.ready:
+                    time.sleep(0.001)  # until a batch was staged with the old value
                 with torch.no_grad():
                     model.mean.add_(0.25)
         return outputs

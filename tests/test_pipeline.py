@@ -193,7 +193,7 @@ def held_back(**options: Any) -> tuple[Pipeline, list[int]]:
     """Take one of four batches after the others have timed out."""
     pipeline = pipeline_of(iter(numbers(4)), capacity=1, timeout_millis=1, **options)
     pipeline.start()
-    for thread in list(pipeline._crew.values()):
+    for thread in pipeline.crew.threads():
         thread.join(10)
     seen = []
     try:
