@@ -1,11 +1,19 @@
-"""The passes of a staged loader over the user's loader: which one an iteration joins, and what they share."""
+"""The passes of a staged loader over the user's loader: which one an iteration joins, what they share, where they stand."""
 
+import contextlib
+import dataclasses
+import os
 import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
-from torchstage.loaders._pipeline import Pipeline
+from torchstage.errors import ForkedError, ResumeWarning, StateError
+from torchstage.loaders._pipeline import Item, Pipeline
+from torchstage.loaders._resume import Keeper, Progress, Start, from_state, is_stateful, to_state
 from torchstage.loaders._source import Source
 from torchstage.loaders._stager import Stager
+from torchstage.loaders._streams import ReadOrder, Streams
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -22,9 +30,15 @@ class Shared:
         self.recorder = recorder
         self.stager = stager
         self.tuner = tuner
+        self.order = ReadOrder(loader, options.keep_random_order)
         self._lock = threading.RLock()  # a finalizer may run inside
         self._epochs: list[Epoch] = []
         self._pushed_back: list[Any] = []
+        self._behind = 0  # reads behind a one-shot loader
+        self._progress = Progress()
+        self._resume: Progress | None = None
+        self._forked_in = 0
+        _living.add(self)
 
     def join(self) -> "Epoch":
         """Return the epoch that the calling thread's next iteration belongs to.
@@ -33,28 +47,32 @@ class Shared:
         epoch is handed to ``num_clients`` iterations in all, however late the last of them comes.
         """
         client = threading.current_thread()
+        self.check_not_forked()
         with self._lock:
             for epoch in self._epochs:
                 if len(epoch.clients) < self.options.num_clients and client not in epoch.clients:
                     break
             else:
                 epoch = self._open()
+            if not epoch.clients:
+                self._progress = epoch.progress
             epoch.clients.append(client)
             return epoch
 
     def start(self) -> None:
         """Open and begin an epoch that waits for its clients, unless there is one."""
+        self.check_not_forked()
         with self._lock:
             waiting = [epoch for epoch in self._epochs if not epoch.clients]
             epoch = waiting[0] if waiting else self._open()
         epoch.begin()
 
-    def stop(self) -> None:
-        """Stop all epochs."""
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop all epochs, and wait at most ``timeout`` seconds for each."""
         with self._lock:
             epochs, self._epochs = self._epochs, []
         for epoch in epochs:
-            self._stop_epoch(epoch)
+            self._stop_epoch(epoch, timeout)
 
     def released(self, epoch: "Epoch") -> None:
         """Stop ``epoch`` if all its clients are done with it."""
@@ -64,48 +82,209 @@ class Shared:
             self._epochs.remove(epoch)
         self._stop_epoch(epoch)
 
+    def progressed(self, epoch: "Epoch", progress: Progress) -> None:
+        """Note how far ``epoch`` has come."""
+        with self._lock:
+            if self._progress is epoch.progress:
+                self._progress = progress
+            epoch.progress = progress
+
+    def state(self) -> dict[str, Any]:
+        """Return where the pass that was joined last stands."""
+        with self._lock:
+            return to_state(self._resume or self._progress, self.loader)
+
+    def resume(self, state: Any) -> None:
+        """Let the next pass go on from ``state``.
+
+        Raises:
+            StateError: it is no state of such a loader. Nothing has changed then.
+        """
+        progress = from_state(state, self.loader)
+        self.stop()
+        with self._lock:
+            if progress.snapshot is not None:
+                self.loader.load_state_dict(progress.snapshot.state)
+            self._pushed_back = []
+            self._progress = self._resume = progress
+
+    def check_not_forked(self) -> None:
+        """Raise if this process is a fork of one in which the loader's threads run.
+
+        Raises:
+            ForkedError: it is.
+        """
+        if self._forked_in:
+            raise ForkedError(
+                f"the threads that read and stage ahead are in process {self._forked_in}, and process {os.getpid()} was forked "
+                "from it while they ran: a fork copies no threads. Call close() on the staged loader before the fork, or make "
+                "it in the new process."
+            )
+
+    def forked(self, parent: int) -> None:
+        """In a forked child: the locks may be held by threads that are not there, and those that read are not either."""
+        self._lock = threading.RLock()
+        self.recorder.renew_lock()
+        if self._epochs:
+            self._forked_in, self._epochs = parent, []
+
     def _open(self) -> "Epoch":
+        resume, self._resume = self._resume, None
+        if getattr(self.loader, "persistent_workers", False):
+            self.stop()  # its iterator is one object for all passes, which iter() resets
+        outside, restart = Streams.now(), resume if resume is not None and not resume.ended else None
+        if restart is not None and restart.start is not None and restart.snapshot is None:
+            restart.start.restore(self.loader)
+        start = Start.now(self.loader)
         iterator = iter(self.loader)
         one_shot = iterator is self.loader
         if one_shot:  # a generator has one position: the newest iteration goes on from it
             self.stop()
-        options = self.options
-        window = options.most_batches + options.num_clients
-        reuses = not isinstance(self.loader, (list, tuple))
-        source = Source(iterator, window, self._pushed_back if one_shot else [], reuses)
+            restart = resume
+        progress = self._begin_progress(resume, restart, start, one_shot)
+        source = Source(iterator, self._window(), self._pushed_back if one_shot else [], self._reuses())
         self._pushed_back = []
-        epoch = Epoch(self, Pipeline(source, self.stager, options, self.recorder, self.tuner), one_shot)
+        pipeline = Pipeline(
+            source,
+            self.stager,
+            self.options,
+            self.recorder,
+            self.tuner,
+            self.order,
+            Keeper(self.loader),
+            progress.position,
+            progress.ignored,
+        )
+        epoch = Epoch(self, pipeline, progress, one_shot)
+        if restart is not None:
+            behind = restart.snapshot.position if restart.snapshot is not None else 0
+            epoch.skip = _Skip(iterator, restart.position - behind, Streams.now())
+            outside.restore()  # beginning again what was begun before draws nothing
         self._epochs.append(epoch)
         return epoch
 
-    def _stop_epoch(self, epoch: "Epoch") -> None:
-        epoch.pipeline.stop()
+    def _begin_progress(
+        self, resume: Progress | None, restart: Progress | None, start: Start, one_shot: bool
+    ) -> Progress:
+        if restart is not None:
+            return restart._replace(ended=False, start=restart.start or start)
+        epoch = (self._progress if resume is None else resume).epoch + 1
+        return Progress(epoch, position=self._behind if one_shot else 0, start=start)
+
+    def _window(self) -> int:
+        return self.options.most_batches + self.options.num_clients
+
+    def _reuses(self) -> bool:
+        return not isinstance(self.loader, (list, tuple))
+
+    def _stop_epoch(self, epoch: "Epoch", timeout: float = 5.0) -> None:
+        epoch.pipeline.stop(timeout)
         if epoch.one_shot:
             self._pushed_back = epoch.pipeline.leftovers()
+            self._behind = epoch.pipeline.behind(self._pushed_back)
 
 
 class Epoch:
     """One pass over the user's loader, with the clients that share it."""
 
-    def __init__(self, shared: Shared, pipeline: Pipeline, one_shot: bool) -> None:
+    def __init__(self, shared: Shared, pipeline: Pipeline, progress: Progress, one_shot: bool) -> None:
         self.pipeline = pipeline
+        self.progress = progress
         self.one_shot = one_shot
+        self.skip: _Skip | None = None
         self.clients: list[threading.Thread] = []
         self.releases = 0
         self._shared = shared
         self._begin_lock = threading.Lock()
+        self._progress_lock = threading.Lock()
         self._begun = False
 
     def begin(self) -> None:
-        """Start the pipeline, once; the first client to come does it on its thread."""
+        """Start the pipeline, once; the first client to come does it on its thread.
+
+        Raises:
+            StateError: the pass is resumed and the loader ends before the place is reached.
+        """
         if self._begun:
             return
         with self._begin_lock:
             if not self._begun:
+                skip, self.skip = self.skip, None
+                if skip is not None and skip.count:
+                    if not is_stateful(self._shared.loader):
+                        self._shared.recorder.warn_once("resume", ResumeWarning, skip.sentence(self._shared.loader))
+                    skip.run(self._shared.options)
                 self.pipeline.start()
                 self._begun = True
+
+    def took(self, item: Item) -> None:
+        """Note that a client was handed ``item``."""
+        position = self.pipeline.position_of(item.number)
+        with self._progress_lock:
+            now = self.progress._replace(consumed=self.progress.consumed + 1, ignored=self.pipeline.ignored)
+            if position > now.position:  # another client may have noted a later one already
+                now = now._replace(position=position, snapshot=item.snapshot)
+            self._shared.progressed(self, now)
+
+    def ended(self) -> None:
+        """Note that a client was told of the end."""
+        with self._progress_lock:
+            snapshot = self.pipeline.last or self.progress.snapshot
+            self._shared.progressed(self, self.progress._replace(ended=True, snapshot=snapshot))
 
     def release(self) -> None:
         """Note that one client is done."""
         self.releases += 1
         self._shared.released(self)
+
+
+@dataclasses.dataclass
+class _Skip:
+    """The reads that lead to the place where a pass is resumed.
+
+    Attributes:
+        iterator: the user's.
+        count: how many.
+        streams: the random streams that they begin with.
+    """
+
+    iterator: Iterator[Any]
+    count: int
+    streams: Streams
+
+    def run(self, options: SmartStageOptions) -> None:
+        """Read and drop; what that draws from the global random streams is undone."""
+        outside = Streams.now()
+        self.streams.restore()
+        try:
+            for done in range(self.count):
+                with contextlib.suppress(*options.ignored_exception_types):  # it was ignored then too
+                    self._read(done)
+        finally:
+            outside.restore()
+
+    def _read(self, done: int) -> None:
+        try:
+            next(self.iterator)
+        except StopIteration:
+            raise StateError(
+                f"the loader ended after {done} batches, and the state has {self.count} behind it: it is of other data. "
+                "Make the loader as it was when the state was taken."
+            ) from None
+
+    def sentence(self, loader: Any) -> str:
+        """Say what resuming costs, and what would not."""
+        return (
+            f"resuming reads {self.count} batches again and drops them, since {type(loader).__name__} has no state_dict() and "
+            "load_state_dict(). A loader that has them (torchdata's StatefulDataLoader) goes on at once."
+        )
+
+
+def _after_fork() -> None:
+    for shared in list(_living):
+        shared.forked(os.getppid())
+
+
+_living: "weakref.WeakSet[Shared]" = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -4,17 +4,17 @@ Contract (tests/test_pipeline.py and tests/test_laws.py have a test per number).
 wrong.
 
  1. Order. Batches are taken in the order in which the loader gave them, each once, for any number of workers and
- clients.
+    clients.
  2. Bound. At most ``capacity`` batches wait in the buffer and each worker holds at most one.
  3. One reader at a time. The user's iterator is never called by two threads at once.
  4. End. When the loader ends, or raises a closed exception type, every client gets the batches before and then the end.
  5. Errors. An exception of the loader or the stage is raised to the client that takes that batch's position, after all
-    batches before it; nothing is read after it. An ignored exception type skips its batch and is counted.
+    batches before it; nothing is read after it. An ignored exception type skips its batch and is counted when its position
+    comes; once more than ``max_ignored`` were, it is raised like any other.
  6. Timeout. A batch that finds no room within the timeout is dropped, raised or waited for, as ``on_timeout`` says, and
     counted; the others keep their order.
- 7. Stop. `stop` may be called at any time, by any thread, more than once. It wakes all threads and waits for them,
- for a
-    bounded time; a thread that hangs in the user's loader is named in a warning. Threads are daemons, so that one which
+ 7. Stop. `stop` may be called at any time, by any thread, more than once. It wakes all threads and waits for them, for
+    a bounded time; a thread that hangs in the user's loader is named in a warning. Threads are daemons, so that one which
     never returns cannot keep the process alive.
  8. Nothing lost. After `stop`, `leftovers` are the outcomes that were read and not taken, in order.
  9. Out of the way. While the step runs its forward on a staged batch, no worker begins the next batch on account of the
@@ -25,6 +25,10 @@ wrong.
     hold; nothing is read twice or lost.
 11. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
     ends the threads.
+12. Random numbers. While it is not known whether reading draws from a global random stream, and always if it does, a batch
+    is read when a client asks for it, on the client's thread; see `ReadOrder`.
+13. Positions. Each read of the user's loader that did not end the epoch is a position, whatever became of it; an item says
+    which is its own, and carries the loader's state behind it.
 """
 
 import contextlib
@@ -32,7 +36,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torchstage._channel import Channel
 from torchstage.errors import (
@@ -40,24 +44,40 @@ from torchstage.errors import (
     ChannelClosed,
     DroppedBatchWarning,
     PutTimeoutError,
+    RandomStreamWarning,
     TorchstageWarning,
     add_note,
 )
 from torchstage.loaders._crew import Crew
 from torchstage.loaders._feed import Feed, bytes_of
+from torchstage.loaders._resume import Keeper, Snapshot
 from torchstage.loaders._source import Batch, Source
 from torchstage.loaders._stager import Bound, Stager
+from torchstage.loaders._streams import ReadOrder
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 
+T = TypeVar("T")
 
-class Item(NamedTuple):
-    """What waits in the buffer: a batch, and its ticket if there is one."""
+
+class Read(NamedTuple):
+    """A read of the user's loader: the batch, or an exception of an ignored type."""
 
     number: int
-    batch: Batch
+    outcome: Batch | BaseException
+    snapshot: Snapshot | None
+    seconds: float
+
+
+class Item(NamedTuple):
+    """What waits in the buffer: a batch, with its ticket if there is one, or an exception of an ignored type."""
+
+    number: int
+    outcome: Batch | BaseException
     bound: Bound | None
+    snapshot: Snapshot | None
+    what: str = ""
 
 
 class Pipeline:
@@ -69,6 +89,10 @@ class Pipeline:
         options: capacity, threads, timeout, exception types.
         recorder: where figures and warnings go.
         tuner: chooses capacity and threads where the options leave them open; None if they do not.
+        order: whether batches may be read ahead.
+        keeper: takes the states of the user's loader.
+        position: reads of the user's loader before the first that this pipeline makes.
+        ignored: how many of them an ignored exception has skipped.
     """
 
     def __init__(
@@ -78,8 +102,18 @@ class Pipeline:
         options: SmartStageOptions,
         recorder: Recorder,
         tuner: Tuner | None = None,
+        order: ReadOrder | None = None,
+        keeper: Keeper | None = None,
+        position: int = 0,
+        ignored: int = 0,
     ) -> None:
         self.source = source
+        self.position = position
+        self.ignored = ignored
+        self.last: Snapshot | None = None
+        self._order = ReadOrder((), keep=False) if order is None else order
+        self._keeper = Keeper(None) if keeper is None else keeper
+        self._in_step = False
         self.options = options
         self.recorder = recorder
         self.stager = stager
@@ -87,6 +121,7 @@ class Pipeline:
         self.crew = Crew(recorder.name, options.num_threads if tuner is None else tuner.feed.num_threads)
         self.channel: Channel[Item] = Channel(options.capacity if tuner is None else tuner.feed.capacity)
         self._reading = threading.Lock()
+        self._taking = threading.Lock()
         self._next_index = 0
         self._ended = False
         self._in_hand: dict[int, Any] = {}
@@ -99,10 +134,17 @@ class Pipeline:
         The first read draws from the random streams of the training loop (a sampler's seed), so it must happen where
         and when the plain loop does it.
         """
+        self._order.begin()
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
         self._tell_tuner(Tuner.begin)
+        self._in_step = not self._order.ahead
+        if not self._in_step:
+            self._go_ahead()
+
+    def _go_ahead(self) -> None:
+        """Start the workers."""
         tuner = self._tuner
         if tuner is None:
             self.resize(self.crew.num_threads, self.channel.capacity)
@@ -121,13 +163,15 @@ class Pipeline:
 
     def _first(self) -> Batch | None:
         while True:
-            outcome = self.source.peek()
+            outcome = self._watched(self.source.peek)
             if isinstance(outcome, Batch):
                 return outcome
-            if isinstance(outcome, StopIteration) or not isinstance(outcome, self.options.ignored_exception_types):
-                return None  # a worker reads it again and sends it on
+            if not self._is_ignored(outcome) or self._ignored_too_many():
+                return None  # it is read again and sent on
             self.source.skip()
-            self._read_failed(outcome)
+            self.channel.skip(self._next_index)
+            self._next_index += 1
+            self._ignore(outcome, f"the loader raised {outcome!r}")
 
     def take(self) -> Item:
         """Take the next batch.
@@ -142,16 +186,54 @@ class Pipeline:
         occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
         if self.channel.slot_kept:
             self._holding_back = False  # the model was not run on the last batch
-        item = self.channel.take(keep_slot=self._holding_back)
-        if item.bound is None:
+        item = self._next_batch()
+        if item.bound is None or self._in_step:
             self.channel.free_slot()
         else:
             item.bound.ticket.on_used = self.channel.free_slot
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
         self._tell_tuner(lambda tuner: tuner.took(wait, ready, crowded))
-        item.batch.check_not_overwritten(item.number)
+        assert isinstance(item.outcome, Batch)
+        item.outcome.check_not_overwritten(item.number)
         return item
+
+    def _next_batch(self) -> Item:
+        """Take the next item that is a batch; what was ignored before it is counted now, in its order."""
+        while True:
+            item = self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._holding_back)
+            self._in_hand.pop(item.number, None)
+            if isinstance(item.outcome, Batch):
+                return item
+            if self._ignored_too_many():
+                most = self.options.max_ignored
+                add_note(
+                    item.outcome, f"{self.ignored} batches of this pass were ignored before it: max_ignored is {most}"
+                )
+                self._end(item.number + 1)
+                raise item.outcome
+            self._ignore(item.outcome, item.what)
+
+    def _take_in_step(self) -> Item:
+        """Read a batch on the calling thread, and start the workers once it is known that they may read ahead."""
+        with self._taking:
+            if not self._in_step:
+                return self.channel.take(keep_slot=self._holding_back)
+            got = self._watched(self.read)
+            item = None if got is None else self._stage(got)
+            if item is None or self.channel.cancelled:
+                return self.channel.take()  # its error, or the end
+            self.channel.skip(item.number)
+            if self._order.ahead:
+                self._in_step = False
+                self._go_ahead()
+            elif self._order.ahead is False:
+                self.recorder.warn_once("draws", RandomStreamWarning, self._order.sentence())
+            return item
+
+    def _watched(self, read: Callable[[], T]) -> T:
+        """Make a read on the calling thread; see what it draws, if it is one of the user's loader."""
+        return read() if self.source.unread() else self._order.see(read)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop all workers; wait at most ``timeout`` seconds for them."""
@@ -160,63 +242,93 @@ class Pipeline:
 
     def leftovers(self) -> list[Any]:
         """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
-        waiting: dict[int, Any] = {i: x if isinstance(x, BaseException) else x.batch for i, x in self.channel.drain()}
-        waiting.update(self._in_hand)
-        self._in_hand = {}
+        waiting, self._in_hand = self._in_hand, {}
+        errors = {i: x for i, x in self.channel.drain() if isinstance(x, BaseException)}
+        waiting.update(errors)
         return [waiting[index] for index in sorted(waiting)] + self.source.unread()
 
-    def read(self) -> tuple[int, Batch, float] | None:
-        """Read the next batch for the calling worker: its index, itself, and the seconds it took. None at the end."""
+    def read(self) -> Read | None:
+        """Make the next read for the calling worker. None at the end."""
         with self._reading:
-            while not self._ended and not self.channel.cancelled:
-                started = time.perf_counter()
-                try:
-                    batch = self.source.next()
-                except BaseException as error:  # noqa: BLE001 - it is raised to the client
-                    self._read_failed(error)
-                    continue
-                index = self._next_index
-                self._next_index += 1
-                self._in_hand[index] = batch
-                return index, batch, time.perf_counter() - started
-        return None
+            if self._ended or self.channel.cancelled:
+                return None
+            started, index = time.perf_counter(), self._next_index
+            outcome: Batch | BaseException
+            try:
+                outcome = self.source.next()
+            except BaseException as error:  # noqa: BLE001 - it is raised to the client
+                if not self._is_ignored(error):
+                    self._read_failed(index, error)
+                    return None
+                outcome = error
+            self._next_index += 1
+            self._in_hand[index] = outcome
+            snapshot = self._keeper.after(self.position_of(index))
+            return Read(index, outcome, snapshot, time.perf_counter() - started)
 
-    def _read_failed(self, error: BaseException) -> None:
+    def behind(self, leftovers: list[Any]) -> int:
+        """Return how many reads of the user's loader are behind this pipeline, if what it left over is read again."""
+        return self.position + self._next_index - len(leftovers) + len(self.source.unread())
+
+    def position_of(self, index: int) -> int:
+        """Return how many reads of the user's loader are behind the one of this index."""
+        return self.position + index + 1
+
+    def _is_ignored(self, error: BaseException) -> bool:
+        ends = isinstance(error, (StopIteration, *self.options.closed_exception_types))
+        return isinstance(error, self.options.ignored_exception_types) and not ends
+
+    def _ignored_too_many(self) -> bool:
+        most = self.options.max_ignored
+        return most is not None and self.ignored >= most
+
+    def _ignore(self, error: BaseException, what: str) -> None:
+        self.ignored += 1
+        self.dropped(type(error).__name__, what)
+
+    def _read_failed(self, index: int, error: BaseException) -> None:
         if isinstance(error, (StopIteration, *self.options.closed_exception_types)):
-            self._end(self._next_index)
-        elif isinstance(error, self.options.ignored_exception_types):
-            self.dropped(type(error).__name__, f"the loader raised {error!r}")
+            self.last = self._keeper.after(self.position + index, must=True)
+            self._end(index)
         else:
-            add_note(error, f"raised by the loader for batch {self._next_index}, on a torchstage thread")
-            self._fail(self._next_index, error)
+            self._next_index += 1
+            add_note(error, f"raised by the loader for batch {index}, on a torchstage thread")
+            self._fail(index, error)
 
-    def process(self, index: int, batch: Batch, read_seconds: float) -> None:
+    def process(self, got: Read) -> None:
         """Stage one batch and put it in the buffer.
 
         Raises:
             ChannelCancelled: the pipeline was stopped; the batch stays in hand.
             ChannelClosed: the epoch ended before this batch.
         """
+        item = self._stage(got)
+        if item is not None:
+            self._put(item)
+            self._tell_tuner(self._tune)
+
+    def _stage(self, got: Read) -> Item | None:
+        """Stage one batch; None if it failed, which ends the epoch at this batch."""
+        index, batch = got.number, got.outcome
+        if isinstance(batch, BaseException):
+            return Item(index, batch, None, got.snapshot, f"the loader raised {batch!r}")
         started = time.perf_counter()
         try:
             bound = self.stager.stage(batch) if self.stager is not None else None
         except BaseException as error:  # noqa: BLE001 - it is raised to the client
-            self._in_hand.pop(index)
+            if self._is_ignored(error):
+                return Item(index, error, None, got.snapshot, f"staging batch {index} raised {error!r}")
+            self._in_hand.pop(index, None)
             if isinstance(error, self.options.closed_exception_types):
                 self._end(index)
-            elif isinstance(error, self.options.ignored_exception_types):
-                self.channel.skip(index)
-                self.dropped(type(error).__name__, f"staging batch {index} raised {error!r}")
             else:
                 add_note(error, f"raised while staging batch {index}, on a torchstage thread")
                 self._fail(index, error)
-            return
+            return None
         seconds = time.perf_counter() - started
-        self.recorder.staged(read_seconds, None if bound is None else seconds)
-        self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, read_seconds, seconds)))
-        self._put(index, Item(index, batch, bound))
-        self._in_hand.pop(index, None)
-        self._tell_tuner(self._tune)
+        self.recorder.staged(got.seconds, None if bound is None else seconds)
+        self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, got.seconds, seconds)))
+        return Item(index, batch, bound, got.snapshot)
 
     def _costs_of(
         self, batch: Batch, bound: Bound | None, read: float, stage: float
@@ -252,8 +364,8 @@ class Pipeline:
             feed.put_back(self.crew.num_threads)
             self.recorder.warn_once("threads", TorchstageWarning, f"no more threads can be started: {error}")
 
-    def _put(self, index: int, item: Item) -> None:
-        timeout = self.options.timeout_millis / 1e3
+    def _put(self, item: Item) -> None:
+        index, timeout = item.number, self.options.timeout_millis / 1e3
         while not self.channel.put(index, item, timeout):
             late = f"batch {index} found no room in the buffer within {self.options.timeout_millis} ms"
             if self.options.on_timeout == "raise":
@@ -261,6 +373,7 @@ class Pipeline:
                 self._fail(index, PutTimeoutError(f"{late}: the training loop took no batch. {way_out}"))
                 return
             if self.options.on_timeout == "drop":
+                self._in_hand.pop(index, None)
                 self.channel.skip(index)
                 self.dropped("timeout", f'{late}; on_timeout="wait" keeps such batches')
                 return
@@ -273,11 +386,11 @@ class Pipeline:
 
     def broke(self, index: int, error: BaseException) -> None:
         """Raise to the client, at this batch's position, what nobody expected of a worker."""
-        self._in_hand.pop(index, None)
         add_note(error, f"raised while handing on batch {index}, on a torchstage thread")
         self._fail(index, error)
 
     def _fail(self, index: int, error: BaseException) -> None:
+        self._in_hand.pop(index, None)
         self._ended = True
         self.channel.fail(index, error)
         self.channel.close(index + 1)
@@ -293,9 +406,9 @@ def _work(pipeline: Pipeline, number: int) -> None:
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
         while pipeline.crew.stays(number) and (got := pipeline.read()) is not None:
             try:
-                pipeline.process(*got)
+                pipeline.process(got)
             except (ChannelCancelled, ChannelClosed):
                 raise
             except BaseException as error:  # noqa: BLE001 - else the client would wait for this batch for ever
-                pipeline.broke(got[0], error)
+                pipeline.broke(got.number, error)
             del got  # or this frame keeps the batch alive while it waits for the next

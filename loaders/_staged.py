@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torchstage.errors import ChannelCancelled, ChannelClosed, OptionError, Torc
 from torchstage.loaders._epochs import Epoch, Shared
 from torchstage.loaders._feed import Feed
 from torchstage.loaders._model import core_of, stage_model, unwrap
+from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Stager
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
@@ -125,9 +126,41 @@ class StagedDataLoader:
         """Start the background work of the next epoch now, instead of at its first batch."""
         self._shared.start()
 
-    def close(self) -> None:
-        """Stop all background work and wait for it, for a bounded time. The loader can be iterated again."""
-        self._shared.stop()
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop all background work. The loader can be iterated again.
+
+        Args:
+            timeout: seconds to wait for the threads. One that is still at work then, in the user's loader for example, is
+                named in a warning, with the line where it hangs; it cannot keep the process alive.
+        """
+        self._shared.stop(timeout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training loop stands in the current pass, to be saved with the model.
+
+        It counts the batches that were handed out, whatever was read ahead: taken after a training step it stands between that
+        step and the next. Where the user's loader has a ``state_dict`` (torchdata's `StatefulDataLoader`), its state behind
+        the last batch handed out is part of it. Otherwise it holds the global random streams of torch, NumPy and Python and
+        the generators of the loader as they were when the pass began, so that a shuffling loader shuffles alike. It is made of
+        tensors, numbers, strings and lists, and what the user's loader gives.
+        """
+        return self._shared.state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on behind the last batch that was handed out when ``state`` was taken.
+
+        A pass whose end the loop had seen is over: the next iteration is a new one. Iterations that are under way are closed.
+        A loader without ``load_state_dict`` is read from its start and what was consumed is dropped, with a warning; the
+        global random streams are as before afterwards, and restoring those is the training loop's own business.
+
+        Args:
+            state: what `state_dict` returned, for a loader made in the same way.
+
+        Raises:
+            StateError: it is none, is damaged, of a newer version or of another loader; raised by the first batch if the
+                loader ends before the place is reached.
+        """
+        self._shared.resume(state)
 
     def __enter__(self) -> "StagedDataLoader":
         return self
@@ -152,11 +185,13 @@ class StagedIterator:
         if self._over:
             raise StopIteration
         epoch, recorder = self._epoch, self._loader._shared.recorder
+        self._loader._shared.check_not_forked()
         try:
             epoch.begin()
             recorder.emit(stacklevel=2)
             item = epoch.pipeline.take()
         except ChannelClosed:
+            epoch.ended()
             self.close()
             recorder.emit(stacklevel=2)
             raise StopIteration from None
@@ -166,11 +201,13 @@ class StagedIterator:
         except BaseException:
             self.close()
             raise
+        batch = item.outcome
+        assert isinstance(batch, Batch)
+        epoch.took(item)
         if item.bound is not None:
-            leaves = item.batch.leaves
             core = core_of(self._loader.staged_model, self._loader._method)
-            core.registry.add(*item.bound, leaves, self._loader.options.num_clients)
-        return item.batch.value
+            core.registry.add(*item.bound, batch.leaves, self._loader.options.num_clients)
+        return batch.value
 
     def close(self) -> None:
         """End this iteration; the epoch ends with its last client."""

@@ -36,6 +36,8 @@ NAMES_AND_DEFAULTS = {
     "max_num_threads": 8,
     "warm_start": None,
     "verify": 0,
+    "max_ignored": None,
+    "keep_random_order": True,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"
@@ -222,3 +224,11 @@ def test_memory_is_bounded_by_the_numbers_or_by_the_bounds_of_those_that_are_tun
     made = SmartStageOptions(capacity=capacity, num_threads=num_threads)
     assert made.most_batches == batches
     assert made.tuned is (AUTOTUNE in (capacity, num_threads))
+
+
+def test_max_ignored_needs_types_that_are_ignored() -> None:
+    with pytest.raises(OptionError, match=r"^max_ignored needs ignored_exception_types: without any, no batch is ignored"):
+        SmartStageOptions(max_ignored=3)
+    with pytest.raises(OptionError, match=r"^max_ignored must be a whole number >= 0\. Found: -1\.$"):
+        SmartStageOptions(ignored_exception_types=(ValueError,), max_ignored=-1)
+    assert SmartStageOptions(ignored_exception_types=(ValueError,), max_ignored=0).max_ignored == 0

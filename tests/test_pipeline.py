@@ -139,10 +139,10 @@ def test_5_what_nobody_expected_of_a_worker_is_raised_at_its_batch(monkeypatch: 
     pipeline = pipeline_of(iter(numbers(6)), num_threads=2, capacity=2)
     put = pipeline._put
 
-    def flawed(index: int, item: Any) -> None:
-        if index == 2:
+    def flawed(item: Any) -> None:
+        if item.number == 2:
             raise KeyError("flaw")
-        put(index, item)
+        put(item)
 
     monkeypatch.setattr(pipeline, "_put", flawed)
     pipeline.start()
@@ -198,7 +198,7 @@ def held_back(**options: Any) -> tuple[Pipeline, list[int]]:
     seen = []
     try:
         while True:
-            seen.append(int(pipeline.take().batch.value[0]))
+            seen.append(int(pipeline.take().outcome.value[0]))
     except ChannelClosed:
         return pipeline, seen
     finally:
@@ -284,7 +284,7 @@ def test_8_what_was_read_and_not_taken_is_left_over_in_order() -> None:
 
     pipeline = pipeline_of(batches(), num_threads=3, capacity=4)
     pipeline.start()
-    assert int(pipeline.take().batch.value[0]) == 0
+    assert int(pipeline.take().outcome.value[0]) == 0
     assert reached.wait(10)
     pipeline.stop()
     assert [int(batch.value[0]) for batch in pipeline.leftovers()] == list(range(1, 8))
@@ -390,10 +390,10 @@ def test_10_a_worker_that_is_too_many_puts_the_batch_that_it_holds() -> None:
     pipeline = pipeline_of(gate, num_threads=2, capacity=1)
     put = pipeline._put
 
-    def hold(index: int, item: Any) -> None:
-        if index == 1:
+    def hold(item: Any) -> None:
+        if item.number == 1:
             assert held.wait(10)
-        put(index, item)
+        put(item)
 
     pipeline._put = hold  # type: ignore[method-assign]
     for _ in range(4):

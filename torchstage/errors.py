@@ -6,6 +6,8 @@
     |-- MarkError (ValueError)             a manual mark cannot be honoured, or two of them contradict
     |-- PutTimeoutError (TimeoutError)     a staged batch found no room in time, with on_timeout="raise"
     |-- VerificationError                  verify=N: a staged forward or backward is not the plain one
+    |-- StateError (ValueError)            a state to resume from is damaged, or of another loader
+    |-- ForkedError                        this process was forked while the loader's threads ran
     |-- BatchOverwrittenError              the user's loader wrote into a batch that was still waiting
     `-- ChannelError                       the channel's end states; a training loop never sees one
         |-- ChannelCancelled
@@ -15,12 +17,15 @@
     |-- EmptyStageWarning                  nothing can be staged: batches are still prefetched
     |-- FallbackWarning                    a step used the original forward; once per reason
     |-- VerificationWarning                verify=N: a step cannot be compared
+    |-- RandomStreamWarning                batches are not read ahead, since reading draws from a global random stream
+    |-- ResumeWarning                      a pass is resumed by reading again what was consumed
     `-- DroppedBatchWarning                a batch was dropped on purpose; once per reason
 
 Exceptions of the user's loader, data set and model are never wrapped: they arrive with their own type and traceback,
 at the position of their batch, with a note that names the batch and the graph node (see ``add_note``).
 """
 
+import contextlib
 import sys
 
 
@@ -42,6 +47,14 @@ class MarkError(TorchstageError, ValueError):
 
 class PutTimeoutError(TorchstageError, TimeoutError):
     """A staged batch found no room in the buffer within ``timeout_millis``, and ``on_timeout="raise"``."""
+
+
+class StateError(TorchstageError, ValueError):
+    """What `StagedDataLoader.load_state_dict` was given is no state, is damaged, or is of another loader."""
+
+
+class ForkedError(TorchstageError):
+    """This process was forked while the loader's threads ran: a fork copies no threads."""
 
 
 class BatchOverwrittenError(TorchstageError):
@@ -92,13 +105,25 @@ class VerificationWarning(TorchstageWarning):
     """With ``verify=N``: staged steps cannot be compared with plain ones, and why."""
 
 
+class RandomStreamWarning(TorchstageWarning):
+    """Batches are not read ahead, since reading them draws from a global random stream."""
+
+
+class ResumeWarning(TorchstageWarning):
+    """A pass is resumed by reading and dropping the batches that were consumed."""
+
+
 class DroppedBatchWarning(TorchstageWarning):
     """A batch was dropped because the options say so."""
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Attach ``note`` to ``error`` as PEP 678 does; before Python 3.11 the list is kept but not printed."""
-    if sys.version_info >= (3, 11):
-        error.add_note(note)
-    else:
-        error.__notes__ = [*getattr(error, "__notes__", []), note]
+    """Attach ``note`` to ``error`` as PEP 678 does; before Python 3.11 the list is kept but not printed.
+
+    An exception class of the user's that takes no notes loses the note and nothing else.
+    """
+    with contextlib.suppress(Exception):
+        if sys.version_info >= (3, 11):
+            error.add_note(note)
+        else:
+            error.__notes__ = [*getattr(error, "__notes__", []), note]

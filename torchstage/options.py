@@ -114,6 +114,15 @@ class SmartStageOptions:
     differs; ``stats.verified`` counts the steps that were equal. The run's numbers stay the same. A compared step runs the
     model three times more, on a copy that shares the parameters, and keeps its graph for a second backward. 0: none."""
 
+    max_ignored: int | None = None
+    """How many batches of one pass over the loader ``ignored_exception_types`` may skip; the next exception is raised,
+    whatever its type. None: any number."""
+
+    keep_random_order: bool = True
+    """Whether a loader whose reading draws from a global random stream (torch's, NumPy's or Python's, in this process) is
+    read only when the step asks for a batch, as the plain loop does, so that the numbers stay the same. Nothing overlaps
+    then, which is warned about. False: read ahead all the same; the numbers may differ from the plain loop's."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
@@ -126,13 +135,20 @@ class SmartStageOptions:
                 "warm_start needs capacity=AUTOTUNE or num_threads=AUTOTUNE: fixed numbers have nothing to begin with. "
                 f"Found: {os.fspath(self.warm_start)!r}."
             )
-        for name in ("use_stage_subgraph_thread_pool", "do_smart_stage"):
+        for name in ("use_stage_subgraph_thread_pool", "do_smart_stage", "keep_random_order"):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
         _require("name", self.name, _is_name, "must be None or a non-empty string")
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
         _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
         _require("planner", self.planner, lambda v: v in _PLANNERS, f"must be one of {_PLANNERS}")
+        if self.max_ignored is not None:
+            _require_int("max_ignored", self.max_ignored, 0)
+            if not self.ignored_exception_types:
+                raise OptionError(
+                    "max_ignored needs ignored_exception_types: without any, no batch is ignored. "
+                    f"Found: max_ignored={self.max_ignored}."
+                )
         if self.max_staleness is not None:
             _require_int("max_staleness", self.max_staleness, 0)
             if self.lookups != "stale":

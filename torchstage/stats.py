@@ -325,6 +325,10 @@ class Recorder:
                 category, message = self._pending.pop(0)
             warnings.warn(message, category, stacklevel=stacklevel + 1)
 
+    def renew_lock(self) -> None:
+        """In a forked child: a thread that is not there may hold the lock."""
+        self._lock = threading.Lock()
+
     def snapshot(self, unstaged: Mapping[str, int], tuning: Tuning | None = None) -> Stats:
         """Return the figures so far, with the model's calls on objects of no staged loader by reason, and the tuning."""
         tables = types.MappingProxyType(self.tables())
