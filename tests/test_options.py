@@ -227,7 +227,9 @@ def test_memory_is_bounded_by_the_numbers_or_by_the_bounds_of_those_that_are_tun
 
 
 def test_max_ignored_needs_types_that_are_ignored() -> None:
-    with pytest.raises(OptionError, match=r"^max_ignored needs ignored_exception_types: without any, no batch is ignored"):
+    with pytest.raises(
+        OptionError, match=r"^max_ignored needs ignored_exception_types: without any, no batch is ignored"
+    ):
         SmartStageOptions(max_ignored=3)
     with pytest.raises(OptionError, match=r"^max_ignored must be a whole number >= 0\. Found: -1\.$"):
         SmartStageOptions(ignored_exception_types=(ValueError,), max_ignored=-1)

@@ -145,7 +145,7 @@ def test_an_error_while_batches_are_read_in_the_step_arrives_at_its_place() -> N
     taken = []
     with pytest.warns(RandomStreamWarning), pytest.raises(OSError, match="broken") as caught:
         for x in StagedDataLoader(draws(), capacity=4, num_threads=3):
-            taken.append(x)  # noqa: PERF402 - those before the error are what is looked at
+            taken.append(x)
     assert_same(expected, taken)
     assert "raised by the loader for batch 3" in "".join(caught.value.__notes__)
 
