@@ -95,7 +95,7 @@ def plain_run(make: Callable[[], Any]) -> list[torch.Tensor]:
     return taken
 
 
-def resumed_run(make: Callable[[], Any], stop_at: int, tmp_path: Any, **sizes: int) -> list[torch.Tensor]:
+def resumed_run(make: Callable[[], Any], stop_at: int, tmp_path: Any, **sizes: Any) -> list[torch.Tensor]:
     """Stop after so many batches, write a checkpoint as a user would, and go on in new objects."""
     torch.manual_seed(0)
     taken: list[torch.Tensor] = []
