@@ -1,6 +1,5 @@
 """The passes of a staged loader over the user's loader: which one an iteration joins, what they share, where they stand."""
 
-import contextlib
 import dataclasses
 import os
 import threading
@@ -108,6 +107,11 @@ class Shared:
             self._pushed_back = []
             self._progress = self._resume = progress
 
+    def resume_again(self, progress: Progress) -> None:
+        """Let the next pass try again to get to the place of ``progress``: an error came in between."""
+        with self._lock:
+            self._resume = progress
+
     def check_not_forked(self) -> None:
         """Raise if this process is a fork of one in which the loader's threads run.
 
@@ -157,8 +161,7 @@ class Shared:
         )
         epoch = Epoch(self, pipeline, progress, one_shot)
         if restart is not None:
-            behind = restart.snapshot.position if restart.snapshot is not None else 0
-            epoch.skip = _Skip(iterator, restart.position - behind, Streams.now())
+            epoch.skip = _Skip(iterator, restart, self._behind if one_shot else 0, Streams.now())
             outside.restore()  # beginning again what was begun before draws nothing
         self._epochs.append(epoch)
         return epoch
@@ -209,13 +212,23 @@ class Epoch:
             return
         with self._begin_lock:
             if not self._begun:
-                skip, self.skip = self.skip, None
-                if skip is not None and skip.count:
-                    if not is_stateful(self._shared.loader):
-                        self._shared.recorder.warn_once("resume", ResumeWarning, skip.sentence(self._shared.loader))
-                    skip.run(self._shared.options)
+                if self.skip is not None:
+                    self._pass_over(self.skip)
                 self.pipeline.start()
                 self._begun = True
+
+    def _pass_over(self, skip: "_Skip") -> None:
+        shared = self._shared
+        if skip.count and not is_stateful(shared.loader):
+            shared.recorder.warn_once("resume", ResumeWarning, skip.sentence(shared.loader))
+        try:
+            skip.run(shared.options)
+        except StateError:
+            raise
+        except BaseException:
+            self.pipeline.position = skip.behind  # a one-shot loader goes on from there
+            shared.resume_again(skip.progress)
+            raise
 
     def took(self, item: Item) -> None:
         """Note that a client was handed ``item``."""
@@ -244,32 +257,45 @@ class _Skip:
 
     Attributes:
         iterator: the user's.
-        count: how many.
-        streams: the random streams that they begin with.
+        progress: the place.
+        behind: the reads that were made already.
+        streams: the random streams that the others begin with.
     """
 
     iterator: Iterator[Any]
-    count: int
+    progress: Progress
+    behind: int
     streams: Streams
+
+    def __post_init__(self) -> None:
+        if self.progress.snapshot is not None:
+            self.behind = self.progress.snapshot.position
+
+    @property
+    def count(self) -> int:
+        """How many reads are missing."""
+        return self.progress.position - self.behind
 
     def run(self, options: SmartStageOptions) -> None:
         """Read and drop; what that draws from the global random streams is undone."""
         outside = Streams.now()
         self.streams.restore()
         try:
-            for done in range(self.count):
-                with contextlib.suppress(*options.ignored_exception_types):  # it was ignored then too
-                    self._read(done)
+            while self.count > 0:
+                self._read(options)
         finally:
             outside.restore()
 
-    def _read(self, done: int) -> None:
+    def _read(self, options: SmartStageOptions) -> None:
         try:
+            self.behind += 1
             next(self.iterator)
+        except options.ignored_exception_types as error:
+            error.__traceback__ = None  # it was ignored then too; see Pipeline._ignore
         except StopIteration:
             raise StateError(
-                f"the loader ended after {done} batches, and the state has {self.count} behind it: it is of other data. "
-                "Make the loader as it was when the state was taken."
+                f"the loader ended after {self.behind - 1} batches, and the state has {self.progress.position} behind it: it "
+                "is of other data. Make the loader as it was when the state was taken."
             ) from None
 
     def sentence(self, loader: Any) -> str:

@@ -284,6 +284,7 @@ class Pipeline:
 
     def _ignore(self, error: BaseException, what: str) -> None:
         self.ignored += 1
+        error.__traceback__ = None  # nobody will see it, and its frames may hold the client's iterator in a cycle
         self.dropped(type(error).__name__, what)
 
     def _read_failed(self, index: int, error: BaseException) -> None:

@@ -372,6 +372,28 @@ def test_reading_again_is_warned_about_and_a_state_of_the_loaders_own_is_not() -
         assert not match or match in found[0]
 
 
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_an_error_on_the_way_to_the_place_does_not_lose_the_place(one_shot: bool) -> None:
+    loader = StagedDataLoader(Flawed(set()) if not one_shot else _Flaws(set(), 10))
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = loader.state_dict()
+    iterator.close()
+    flawed = _Flaws({1, 3}, 10) if one_shot else Flawed({3})
+    other = StagedDataLoader(flawed)
+    state["loader"]["type"] = type(flawed).__name__
+    other.load_state_dict(state)
+    if one_shot:
+        with pytest.raises(ValueError, match="row 1"):
+            next(iter(other))
+    with pytest.raises(ValueError, match="row 3"):
+        next(iter(other))
+    if isinstance(flawed, Flawed):
+        flawed.bad = set()
+    assert [int(x[0]) for x in other] == [5, 6, 7, 8, 9]
+
+
 # ---------------------------------------------------------------- what is no state
 
 

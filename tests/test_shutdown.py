@@ -64,6 +64,8 @@ def test_threads_and_batches_go_however_the_loop_ends(way: str, num_threads: int
                 raise ZeroDivisionError
             return
 
+    iterator: Any = None
+
     def generator() -> Iterator[Any]:
         for x in loader:
             yield staged(x)
@@ -81,7 +83,7 @@ def test_threads_and_batches_go_however_the_loop_ends(way: str, num_threads: int
         if way == "close":
             loader.close()
         elif way == "del":
-            del iterator
+            iterator = None
         else:
             iterator = iter(loader)
             next(iterator)

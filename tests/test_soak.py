@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import torchstage
+from tests.soak import soak
 from tests.support import Scale
 from torchstage import ops
 from torchstage._channel import Channel
@@ -90,3 +91,23 @@ def test_breaks_at_random_places_lose_and_double_nothing(num_threads: int, delay
                 break
     assert seen == list(range(BATCHES))
     assert delays.places
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_schedules_are_what_the_model_of_the_contract_says(seed: int) -> None:
+    """A part of ``python -m tests.soak``: faults, delays, resizes, breaks and resumes."""
+    assert soak(seed, batches=4000) >= 4000
+
+
+def test_the_soak_finds_a_batch_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    take, taken = Channel.take, []
+
+    def loses(channel: Any, keep_slot: bool = False) -> Any:
+        taken.append(0)
+        if len(taken) == 100:
+            take(channel, keep_slot)
+        return take(channel, keep_slot)
+
+    monkeypatch.setattr(Channel, "take", loses)
+    with pytest.raises(AssertionError, match=r"episode '0\.\d+' failed; run it again with tests.soak.Episode"):
+        soak(0, batches=4000)
