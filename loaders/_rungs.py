@@ -20,8 +20,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -> Capture | str:
     """Capture a method of ``model`` as one graph, or say why that is not possible.
 
-    A graph is held against the plain forward, on the call and on another number of rows, before it is accepted. That takes some forwards and backwards on replicas, so
-    it is left out where the parameters are large: there nothing is exported, and a traced graph has its guards.
+    A graph is held against the plain forward, on the call and on another number of rows, before it is accepted. That
+    takes some forwards and backwards on replicas, so it is left out where the parameters are large: there nothing is
+    exported, and a traced graph has its guards.
 
     Args:
         model: the user's model.
@@ -103,7 +104,14 @@ def _rests_on_decisions(captured: Capture) -> bool:
 
 
 # Why a forward was not traced that would have its effect, outside of the model's copy, while it is exported too.
-_EFFECTS = (*STATE_CHANGES, "forward may draw", "forward draws", "forward assigns a global", "forward reaches a ")
+_EFFECTS = (
+    *STATE_CHANGES,
+    "forward may draw",
+    "forward draws",
+    "forward assigns a global",
+    "forward reaches a ",
+    "forward reads the grad",
+)
 _UNCHECKED = "it could not be held against the plain forward"
 _TELLS_NOTHING = (_UNCHECKED, "the plain forward raises", "the plain forward does not repeat itself")
 _MOST_CHECKED_BYTES = 1 << 28
