@@ -5,12 +5,14 @@ import threading
 from typing import Any
 
 import torch
+import torch.fx
 from torch.nn.parameter import is_lazy
 
 from torchstage.transforms._acceptance import check
 from torchstage.transforms._capture import capture
 from torchstage.transforms._captured import Capture
-from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._hooks import has_hooks
+from torchstage.transforms._mirror import STATE_CHANGES, UntraceableError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -18,9 +20,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -> Capture | str:
     """Capture a method of ``model`` as one graph, or say why that is not possible.
 
-    A traced graph that rests on decisions of Python code, and every exported one, is held against the plain forward, on
-    the call and on another number of rows, before it is accepted. That takes some forwards and backwards on replicas, so
-    it is left out where the parameters are large: there nothing is exported, and a traced graph has its guards.
+    A graph is held against the plain forward, on the call and on another number of rows, before it is accepted. That
+    takes some forwards and backwards on replicas, so it is left out where the parameters are large: there nothing is
+    exported, and a traced graph has its guards.
 
     Args:
         model: the user's model.
@@ -34,7 +36,8 @@ def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -
         return traced
     if traced is not None:
         why = next(f"`{path}` would be called as a whole, {reason}" for path, reason in traced.opaque.items())
-    exported = _export(model, call) if small and method == "forward" and _is_alone() else ""
+    quiet = not any(effect in why for effect in _EFFECTS)
+    exported = _export(model, call) if small and quiet and method == "forward" and _is_alone() else ""
     if isinstance(exported, Capture):
         return dataclasses.replace(exported, obstacle=why)
     if traced is not None:
@@ -48,7 +51,10 @@ def _trace(model: torch.nn.Module, call: Call, method: str, *, checked: bool) ->
         traced = capture(model, args, kwargs, method)
     except UntraceableError as error:
         return None, str(error)
-    flaw = _flaw(model, traced, call) if checked and _rests_on_decisions(traced) else None
+    rests = _rests_on_decisions(traced)
+    flaw = _flaw(model, traced, call) if checked and (rests or _can_be_copied(model)) else None
+    if flaw is not None and flaw.startswith(_TELLS_NOTHING) and not rests:
+        flaw = None
     return (traced, "") if flaw is None else (None, flaw)
 
 
@@ -69,7 +75,7 @@ def _flaw(model: torch.nn.Module, captured: Capture, call: Call) -> str | None:
     try:
         return check(model, captured, args, kwargs)
     except Exception as error:  # noqa: BLE001 - what cannot be run on a replica cannot be checked
-        return f"it could not be held against the plain forward: {type(error).__name__}: {error}"
+        return f"{_UNCHECKED}: {type(error).__name__}: {error}"
 
 
 def _is_alone() -> bool:
@@ -81,8 +87,31 @@ def _is_alone() -> bool:
     return all(type(thread).__module__.startswith("tqdm.") for thread in others)
 
 
+def _can_be_copied(model: torch.nn.Module) -> bool:
+    """Whether a forward on a replica of ``model`` leaves nothing behind.
+
+    TorchScript shares its state with a replica, a lazy layer has none yet, and hooks are the user's own.
+    """
+    if any(has_hooks(part) for part in model.modules()):
+        return False
+    if any(isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)) for part in model.modules()):
+        return False
+    return not any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()])
+
+
 def _rests_on_decisions(captured: Capture) -> bool:
     return captured.decisions is not None or bool(captured.outside or captured.assigned)
 
 
+# Why a forward was not traced that would have its effect, outside of the model's copy, while it is exported too.
+_EFFECTS = (
+    *STATE_CHANGES,
+    "forward may draw",
+    "forward draws",
+    "forward assigns a global",
+    "forward reaches a ",
+    "forward reads the grad",
+)
+_UNCHECKED = "it could not be held against the plain forward"
+_TELLS_NOTHING = (_UNCHECKED, "the plain forward raises", "the plain forward does not repeat itself")
 _MOST_CHECKED_BYTES = 1 << 28

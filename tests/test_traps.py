@@ -4,13 +4,16 @@ Most are not staged as a whole, or fall back; what counts is that no step is sil
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import pathlib
 import pickle
+import random
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -175,6 +178,102 @@ def leaf_made(self: Any, x: torch.Tensor) -> Any:
     return output * grad
 
 
+def of_its_type(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.lin(self.pre(x) * (2 if type(x) is torch.Tensor else 3))
+
+
+def swallows(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    with contextlib.suppress(Exception):
+        hidden = hidden * float(hidden.sum())
+    return self.lin(hidden)
+
+
+CALLS: list[int] = []
+
+
+def counts_globally(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.start = len(CALLS) if self.start is None else self.start
+    CALLS.append(1)
+    return self.lin(self.pre(x)) * (1 + len(CALLS) - self.start)
+
+
+class Calls:
+    made = 0
+
+
+def counts_in_its_class(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.start = Calls.made if self.start is None else self.start
+    Calls.made += 1
+    type(self).calls = Calls.made
+    return self.lin(self.pre(x)) * (1 + Calls.made - self.start)
+
+
+def counts_in_its_fields(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.__dict__["calls"] = self.__dict__["calls"] + 1
+    return self.lin(self.pre(x)) * self.calls
+
+
+def counts_in_an_array(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.calls[0] += 1
+    return self.lin(self.pre(x)) * float(self.calls[0])
+
+
+def sums_in_an_array(self: Any, x: torch.Tensor) -> torch.Tensor:
+    total = torch.from_numpy(np.zeros(8, dtype=np.float32))
+    total += x.sum(0)
+    return self.lin(self.pre(x) + total)
+
+
+def sums_in_a_literal(self: Any, x: torch.Tensor) -> torch.Tensor:
+    total = torch.Tensor([0.0] * 8)
+    total += 1
+    return self.lin(self.pre(x) + total)
+
+
+def writes_a_view(self: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.pre(x)
+    hidden[:, :2].mul_(self.lin.weight[0, :2])
+    return self.lin(hidden)
+
+
+def packs_in_halves(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.half, torch.Tensor.float):
+        return self.lin(self.pre(x))
+
+
+class Ticking:
+    """An object that is called and counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Slotted:
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def next(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+class Doubling(nn.Module):
+    """Does more in its call than in its forward."""
+
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args) * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp()
+
+
 FORWARDS: dict[str, tuple[Any, Any]] = {
     "custom autograd function": (lambda self, x: Sign.apply(self.lin(self.pre(x))), lambda self: None),
     "reentrant checkpoint": (
@@ -202,6 +301,49 @@ FORWARDS: dict[str, tuple[Any, Any]] = {
     "a frozen LSTM": (
         lambda self, x: self.lin(self.rnn(self.pre(x).unsqueeze(0))[0][0]),
         lambda self: setattr(self, "rnn", nn.LSTM(8, 8).requires_grad_(False)),
+    ),
+    "the type of a tensor": (of_its_type, lambda self: None),
+    "the text of a size": (lambda self, x: self.lin(self.pre(x)) * len(str(x.shape[1])), lambda self: None),
+    "a root of a size by NumPy": (
+        lambda self, x: self.lin(self.pre(x)) / float(np.sqrt(x.shape[1])),
+        lambda self: None,
+    ),
+    "an attribute that tensors do not have": (
+        lambda self, x: self.lin(self.pre(x)) * (3 if hasattr(x, "keys") else 2),
+        lambda self: None,
+    ),
+    "a gradient that is not there": (
+        lambda self, x: self.lin(self.pre(x)) * (2 if self.lin.weight.grad is None else 3),
+        lambda self: None,
+    ),
+    "an exception that is caught": (swallows, lambda self: None),
+    "a global list": (counts_globally, lambda self: setattr(self, "start", None)),
+    "a counter in a class": (counts_in_its_class, lambda self: setattr(self, "start", None)),
+    "a counter in the fields": (counts_in_its_fields, lambda self: setattr(self, "calls", 0)),
+    "a counter in an array": (counts_in_an_array, lambda self: setattr(self, "calls", np.zeros(1))),
+    "a counter that is called": (
+        lambda self, x: self.lin(self.pre(x)) * self.tick(),
+        lambda self: setattr(self, "tick", Ticking()),
+    ),
+    "a counter in slots": (
+        lambda self, x: self.lin(self.pre(x)) * self.tick.next(),
+        lambda self: setattr(self, "tick", Slotted()),
+    ),
+    "a generator of NumPy's": (
+        lambda self, x: self.lin(self.pre(x)) * float(self.rng.random()),
+        lambda self: setattr(self, "rng", np.random.default_rng(0)),
+    ),
+    "a generator of Python's": (
+        lambda self, x: self.lin(self.pre(x)) * self.rng.random(),
+        lambda self: setattr(self, "rng", random.Random(0)),
+    ),
+    "a sum in a new array": (sums_in_an_array, lambda self: None),
+    "a sum in a new tensor": (sums_in_a_literal, lambda self: None),
+    "a view that is written with grad": (writes_a_view, lambda self: None),
+    "hooks of saved tensors": (packs_in_halves, lambda self: None),
+    "a call of its own": (
+        lambda self, x: self.lin(self.own(self.pre(x))),
+        lambda self: setattr(self, "own", Doubling()),
     ),
     "list contents of a batch": (lambda self, x: self.lin(self.pre(x)) * len(x[0].tolist()), lambda self: None),
 }
@@ -253,6 +395,44 @@ def set_gain(step: int, net: Any, _: Any) -> None:
 
 def at_three(action: Callable[[Any], object]) -> Between:
     return lambda step, net, _: action(net) if step == 3 else None
+
+
+def scaled(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * self.scale
+
+
+class Scaling:
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+class Child(nn.Module):
+    def __init__(self, parent: Any) -> None:
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.parent().scale
+
+
+def hang_on(self: Any) -> None:
+    self.scale = 1.0
+    self.child = Child(self)
+    self.fn = types.MethodType(scaled, self)
+    self.part = functools.partial(self.fn)
+
+
+class Outside(nn.Module):
+    scale: float = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+OUTSIDE = Outside()
 
 
 CHANGES: dict[str, tuple[Any, Any, Between]] = {
@@ -323,6 +503,36 @@ CHANGES: dict[str, tuple[Any, Any, Between]] = {
         lambda self: setattr(self, "drop", nn.Dropout(0.0)),
         at_three(lambda net: setattr(net.drop, "p", 0.5)),
     ),
+    "a bound method of the model": (
+        lambda self, x: self.lin(self.fn(self.pre(x))),
+        hang_on,
+        lambda step, net, _: setattr(net, "scale", 1.0 + step),
+    ),
+    "a partial of such": (
+        lambda self, x: self.lin(self.part(self.pre(x))),
+        hang_on,
+        lambda step, net, _: setattr(net, "scale", 1.0 + step),
+    ),
+    "a field of an object that is called": (
+        lambda self, x: self.lin(self.fn(self.pre(x))),
+        lambda self: setattr(self, "fn", Scaling()),
+        lambda step, net, _: setattr(net.fn, "scale", 1.0 + step),
+    ),
+    "an attribute of the parent": (
+        lambda self, x: self.lin(self.child(self.pre(x))),
+        hang_on,
+        lambda step, net, _: setattr(net, "scale", 1.0 + step),
+    ),
+    "an attribute of a global module": (
+        lambda self, x: self.lin(OUTSIDE(self.pre(x))),
+        lambda self: None,
+        lambda step, net, _: setattr(OUTSIDE, "scale", 1.0 + step),
+    ),
+    "whether a parameter is trained": (
+        lambda self, x: self.lin(self.pre(x)) * (2 if self.lin.bias.requires_grad else 3),
+        lambda self: None,
+        lambda step, net, _: net.lin.bias.requires_grad_(step < 3),
+    ),
     "module in a plain list": (
         lambda self, x: self.lin(self.teacher[0](self.pre(x))),
         lambda self: setattr(self, "teacher", [nn.Linear(8, 8).requires_grad_(False)]),
@@ -334,7 +544,7 @@ CHANGES: dict[str, tuple[Any, Any, Between]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_python_state_between_steps(name: str) -> None:
     forward, setup, between = CHANGES[name]
-    check(model(forward, setup), between)
+    check(model(forward, setup), between, twin=model(forward, setup))
 
 
 def test_a_hook_on_all_modules_set_between_steps() -> None:

@@ -13,6 +13,7 @@ forward, or there is none and `UntraceableError` says why.
 import collections
 import functools
 import gc
+import operator
 import types
 import weakref
 from collections import OrderedDict
@@ -29,11 +30,12 @@ from torchstage._mode import Ambient
 from torchstage._structure import flatten, is_constant, layout_of, unflatten
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._decisions import Decision, Decisions, asks_only, decide
+from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._example import Example, NotKnown
 from torchstage.transforms._frames import sentence, user_line
 from torchstage.transforms._hooks import has_global_hooks, has_hooks, holds_mutable, is_leaf, is_torchs
 from torchstage.transforms._kinds import is_number
-from torchstage.transforms._mirror import Mirror, UntraceableError
+from torchstage.transforms._mirror import Mirror, UntraceableError, last_refusal
 from torchstage.transforms._recorder import Recorder
 from torchstage.transforms._value import Attribute, Number, Value
 from torchstage.transforms._watch import PythonRandomUntouched, Watch
@@ -105,6 +107,7 @@ class _Tracer(TracerBase):
         self._path: list[str] = [""]
         self._ambient = Ambient.now(with_device=False)
         self._device = _device.CURRENT_DEVICE
+        self._saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         leaves, in_spec = flatten((args, kwargs))
@@ -112,10 +115,12 @@ class _Tracer(TracerBase):
         inputs = [leaf if i in constants else self._placeholder(i, leaf) for i, leaf in enumerate(leaves)]
         traced_args, traced_kwargs = unflatten(inputs, in_spec)
         layout = layout_of((args, kwargs))
-        with PythonRandomUntouched(), Watch(self), Recorder(self):
+        last_refusal()
+        with PythonRandomUntouched(), Watch(self, mirrored=True), Recorder(self):
             result = getattr(self._mirror.root, self._method)(*traced_args, **traced_kwargs)
-        if self.refused is not None:  # the forward caught the exception
-            raise self.refused
+        caught = self.refused or last_refusal()
+        if caught is not None:  # by the forward
+            raise caught
         if self.failure is not None:  # a submodule failed and the forward caught its exception
             raise self.failure
         self._mirror.check_containers()
@@ -125,6 +130,8 @@ class _Tracer(TracerBase):
         assigned = tuple(self._mirror.assigned)
         outputs, out_spec = flatten((result, list(self._mirror.assigned.values())) if assigned else result)
         self.graph.output(self.create_arg(outputs))
+        self._check_parts()
+        self._check_made_anew()
         decisions = self._decisions({f"input_{i}": i for i in range(len(leaves))})
         self.graph.lint()
         self._mirror.forget_assigned()
@@ -166,6 +173,27 @@ class _Tracer(TracerBase):
                 self.graph.erase_node(node)
         return decisions
 
+    def _check_parts(self) -> None:
+        """Refuse parts of what a submodule returned that is called as a whole: one may be None, which Python code sees."""
+        for node in self.graph.nodes:
+            if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0].op == "call_module":
+                path = str(node.args[0].target)
+                if not is_torchs(self._called[path]):
+                    raise UntraceableError(f"forward takes apart what {path} returns, which is called as a whole")
+
+    def _check_made_anew(self) -> None:
+        """Refuse a write into a tensor or array that is not the model's: the forward may make it anew in every call."""
+        held: set[torch.fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and (str(node.target) in self._foreign or str(node.target) in self._arrays):
+                held.add(node)
+            elif node.op.startswith("call_") and node.args and node.args[0] in held:
+                kind = effect_of(node, self._called).kind
+                if kind is Kind.WRITES:
+                    raise UntraceableError(f"forward writes into a tensor made by other means, {node.meta['source']}")
+                if kind is Kind.FREE or getattr(node.target, "__name__", "") in _SHARES_ARRAY:
+                    held.add(node)
+
     def _check_none_escaped(self) -> None:
         """Refuse a forward that keeps a value beyond its end: it would keep a proxy, and only at capture."""
         if any(value() is not None for value in self._proxies):
@@ -193,6 +221,8 @@ class _Tracer(TracerBase):
             if not is_torchs(module) and holds_mutable((*args, *kwargs.values())):
                 # What it changes in its copy would be missing in the caller's.
                 raise UntraceableError(f"{path} is called as a whole with a container, which it may change")
+            if self._mirror.assigned and not is_torchs(module):
+                raise UntraceableError(f"{path} is called as a whole and may read what forward assigned")
             self._called[path] = module
             result = self.create_proxy("call_module", path, args, kwargs)
             result.node.meta["module"] = module
@@ -287,6 +317,8 @@ class _Tracer(TracerBase):
             changed = now.differs(self._ambient)
             if self._device != _device.CURRENT_DEVICE:
                 changed = "default device"
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._saving:
+                changed = "hooks of saved tensors"
             if changed is not None:
                 raise UntraceableError(f"forward changes the {changed}")
         node = super().create_node(kind, *args, **kwargs)
@@ -309,6 +341,9 @@ class _Tracer(TracerBase):
             self._foreign.add(name)
         self._state[name] = tensor
         return self.create_node("get_attr", name, (), {})
+
+
+_SHARES_ARRAY = ("from_numpy", "as_tensor", "asarray")
 
 
 def tensors_of(model: torch.nn.Module, root: str = "") -> list[tuple[str, torch.Tensor]]:

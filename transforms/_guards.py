@@ -90,7 +90,7 @@ class Guards:
         self._members = _Identities(
             [(owner, key, value, name) for owner, items, name in self._registered for key, value in items]
         )
-        self._measured = [(t, t.shape, t.dtype, t.device) for t in capture.measured]
+        self._measured = [(t, t.shape, t.dtype, t.device, t.requires_grad) for t in capture.measured]
 
     def broken(self) -> str | None:
         """Name the first thing that is not as it was at capture, or None."""
@@ -125,9 +125,14 @@ class Guards:
         for array, content in self._arrays:
             if array.tobytes() != content:
                 return "the contents of an array changed"
-        for tensor, shape, dtype, device in self._measured:
-            if tensor.dtype != dtype or tensor.device != device or tensor.shape != shape:
-                return "a tensor of the model changed its shape, dtype or device"
+        for tensor, shape, dtype, device, grad in self._measured:
+            if (
+                tensor.dtype != dtype
+                or tensor.device != device
+                or tensor.shape != shape
+                or tensor.requires_grad != grad
+            ):
+                return "a tensor of the model changed its shape, dtype, device or requires_grad"
         return None
 
     def _first_registered(self) -> str:
@@ -167,7 +172,7 @@ class Guards:
         if isinstance(value, type):
             self._add_class(value, name)
             return
-        if callable(value):
+        if callable(value) and not (vars(value) if _is_plain(value) else None):
             return
         self._seen.add(id(value))
         if isinstance(value, np.ndarray):
@@ -243,6 +248,12 @@ def _may_run_ahead(module: torch.nn.Module) -> bool:
     """Whether the stage may call ``module`` as a whole."""
     frozen = not any(parameter.requires_grad for parameter in module.parameters())
     return frozen and module_effect(module).kind in (Kind.PURE, Kind.FREE, Kind.WRITES)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a callable is an object of the user's, with fields that its call may read."""
+    home = type(value).__module__.partition(".")[0]
+    return isinstance(getattr(value, "__dict__", None), dict) and home not in _LIBRARIES
 
 
 def _is_librarys(value: object) -> bool:

@@ -13,7 +13,7 @@ def is_leaf(module: torch.nn.Module) -> bool:
     """Whether a submodule is called as a whole: torch's own layers, and any whose call does more than its forward."""
     if has_hooks(module) or "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return True
-    if "parametrizations" in module._modules:
+    if "parametrizations" in module._modules or type(module).__call__ is not torch.nn.Module.__call__:
         return True
     home = type(module).__module__
     return home.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, torch.nn.Sequential)

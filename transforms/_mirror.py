@@ -12,15 +12,33 @@ the last step had assigned; a change inside a list or dict is done to a copy and
 import collections
 import copy as copying
 import enum
+import functools
+import random
+import threading
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 
 class UntraceableError(Exception):
     """The forward does something that a graph cannot express. The message is shown in the plan."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        _last.error = self
+
+
+def last_refusal() -> UntraceableError | None:
+    """Return the last error that was made in this thread since the last call: the forward may have caught it."""
+    error, _last.error = getattr(_last, "error", None), None
+    return error
+
+
+_last = threading.local()
 
 
 STATE_CHANGES = ("forward changes the ", "forward assigns self.")
@@ -58,6 +76,8 @@ class Mirror:
         self._observer = observer
         self._stand_ins: dict[int, Any] = {}
         self._containers: dict[int, tuple[Any, str, Any, list[Any]]] = {}
+        self._arrays: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], str]] = {}
+        self._slotted: dict[int, tuple[Any, dict[str, Any], str]] = {}
         self.assigned: dict[tuple[str, str], Any] = {}
         self._read: set[tuple[str, str]] = set()
         self._outside = 0
@@ -80,9 +100,10 @@ class Mirror:
             raise UntraceableError(f"self.{name} is an iterator")
         return self._copy(value, name)
 
-    def read_class(self, cls: type, name: str, value: Any) -> None:
-        """Report the read of a class attribute."""
+    def read_class(self, cls: type, name: str, value: Any) -> Any:
+        """Report the read of a class attribute and return what the forward shall see."""
         self._observer.read_class_attribute(vars(cls), name, value)
+        return self._copy(value, name)
 
     def missed(self, stand_in: Any, name: str) -> None:
         """Report that the forward looked for an attribute that is not there."""
@@ -114,6 +135,31 @@ class Mirror:
             now = list(_items(copy))
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 raise UntraceableError(f"forward changes the {type(copy).__name__} self.{name}")
+        for array, content, name in self._arrays.values():
+            if array.tobytes() != content.tobytes():
+                array[...] = content
+                raise UntraceableError(f"forward changes the array self.{name}")
+        for value, fields, name in self._slotted.values():
+            if _slots_of(value) != fields:
+                for slot, item in fields.items():
+                    setattr(value, slot, item)
+                raise UntraceableError(f"forward changes the {type(value).__name__} self.{name}")
+        for stand_in in self._stand_ins.values():
+            self._check_fields(stand_in)
+
+    def _check_fields(self, stand_in: Any) -> None:
+        """Raise if the forward changed a module's own dictionaries, or its class, and not by assignment."""
+        own = stand_in.__dict__
+        for name, before in own[_BEFORE].items():
+            now = _items(own[name]) if name in _REGISTRIES else (own.get(name, MISSING),)
+            if (own[_PATH], name) not in self.assigned and not _same_objects(list(now), before):
+                raise UntraceableError(f"forward changes the {name} of {own[_PATH] or 'the model'}")
+        others = own.keys() - own[_BEFORE].keys() - {name for path, name in self.assigned if path == own[_PATH]}
+        written = vars(type(stand_in)).keys() - _OF_STAND_IN
+        if others or written:
+            raise UntraceableError(
+                f"forward changes the {', '.join(sorted(others | written))} of its model's fields or class"
+            )
 
     def _add(self, module: torch.nn.Module, root: str) -> Any:
         """Make stand-ins for ``module`` and its submodules and return its own."""
@@ -124,7 +170,9 @@ class Mirror:
                 added.append(self._stand_ins[id(part)])
         for stand_in in added:
             children = stand_in.__dict__["_modules"]
-            stand_in.__dict__["_modules"] = {k: self._stand_ins.get(id(v), v) for k, v in children.items()}
+            own = {k: self._stand_ins.get(id(v), v) for k, v in children.items()}
+            stand_in.__dict__["_modules"] = own
+            stand_in.__dict__[_BEFORE]["_modules"] = list(_items(own))
         return self._stand_ins[id(module)]
 
     def _add_outside(self, module: torch.nn.Module, name: str) -> Any:
@@ -149,8 +197,22 @@ class Mirror:
         reduces = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
         plain = isinstance(own, dict) and reduces and not isinstance(value, enum.Enum)
         if isinstance(value, torch.nn.Module):
-            return value if isinstance(value, _StandIn) else self._add_outside(value, name)
-        if isinstance(value, (type, types.ModuleType, torch.Tensor)) or callable(value):
+            return value if isinstance(value, StandIn) else self._add_outside(value, name)
+        if isinstance(value, _GENERATORS):
+            raise UntraceableError(f"forward may draw from the random generator self.{name}")
+        if isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES:
+            self._arrays.setdefault(id(value), (value, value.copy(), name))
+        if isinstance(getattr(kind, "__slots__", None), (tuple, list, str)) and kind.__module__ not in _SYSTEMS:
+            self._slotted.setdefault(id(value), (value, _slots_of(value), name))
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self._copy(value.__self__, name))
+        if isinstance(value, functools.partial):
+            function, args = self._copy(value.func, name), self._copy(value.args, name)
+            return functools.partial(function, *args, **self._copy(value.keywords, name))
+        if isinstance(value, weakref.ref) and id(value()) in self._stand_ins:
+            return weakref.ref(self._stand_ins[id(value())])
+        librarys = type(value).__module__.partition(".")[0] in ("builtins", "functools", "torch", "numpy")
+        if isinstance(value, (type, types.ModuleType, torch.Tensor)) or (callable(value) and (librarys or not plain)):
             return value
         if isinstance(value, (list, dict, set, collections.deque)):
             copy = copying.copy(value)
@@ -173,7 +235,7 @@ class Mirror:
         return copy
 
 
-class _StandIn:
+class StandIn:
     """Mixin before a module's own class: calls and attribute reads go to the mirror, assignments stop the trace."""
 
     __slots__ = ()
@@ -198,7 +260,7 @@ class _StandIn:
         for cls in type(self).__mro__:
             if name in vars(cls):
                 if vars(cls)[name] is value:  # data, not a method or property
-                    mirror.read_class(cls, name, value)
+                    return mirror.read_class(cls, name, value)
                 break
         return value
 
@@ -229,10 +291,26 @@ class _OpaqueModule(torch.nn.Module):
 def _stand_in(module: torch.nn.Module, path: str, mirror: Mirror) -> Any:
     base: type = _OpaqueModule if isinstance(module, torch.jit.ScriptModule) else type(module)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__slots__": ()}
-    stand_in: Any = object.__new__(type(base.__name__, (_StandIn, base), names))
+    stand_in: Any = object.__new__(type(base.__name__, (StandIn, base), names))
     own = dict(module.__dict__) if base is not _OpaqueModule else {"_modules": {}, "training": module.training}
-    object.__setattr__(stand_in, "__dict__", {**own, _PATH: path, _MIRROR: mirror})
+    for name in _REGISTRIES & own.keys():
+        own[name] = copying.copy(own[name])
+    before = {name: list(_items(value)) if name in _REGISTRIES else [value] for name, value in own.items()}
+    own.update({_PATH: path, _MIRROR: mirror, _BEFORE: before})
+    before.update({name: [own[name]] for name in (_PATH, _MIRROR, _BEFORE)})
+    object.__setattr__(stand_in, "__dict__", own)
     return stand_in
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    """Return the plain values in the slots of an object, by name."""
+    names = [name for name, kind in vars(type(value)).items() if isinstance(kind, types.MemberDescriptorType)]
+    found = {name: getattr(value, name, None) for name in names}
+    return {name: item for name, item in found.items() if isinstance(item, (bool, int, float, str))}
+
+
+def _same_objects(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _items(container: Any) -> Iterator[Any]:
@@ -247,5 +325,15 @@ def _items(container: Any) -> Iterator[Any]:
 
 _PATH = "_torchstage_path"
 _MIRROR = "_torchstage_mirror"
+_BEFORE = "_torchstage_before"
+# A module's own dictionaries: a forward that writes into one writes into the stand-in's copy.
+_REGISTRIES = frozenset(
+    ["_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"]
+    + [name for name, value in vars(torch.nn.Module()).items() if name.endswith("_hooks") and isinstance(value, dict)]
+)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+_MOST_BYTES = 1 << 20
+_SYSTEMS = frozenset(["builtins", "torch", "numpy"])
 # nn.Module's own bookkeeping, and the flag that a capture's mode already holds
-_MACHINERY = frozenset([*vars(torch.nn.Module()), _PATH, _MIRROR])
+_MACHINERY = frozenset([*vars(torch.nn.Module()), _PATH, _MIRROR, _BEFORE])
+_OF_STAND_IN = vars(type("", (StandIn, torch.nn.Module), {"__slots__": ()})).keys() | {"__qualname__", "__doc__"}

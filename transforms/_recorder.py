@@ -47,6 +47,8 @@ class Recorder(TorchFunctionMode):
         field = func.__self__.__name__
         if name != "__get__":
             raise UntraceableError(f"forward sets .{field} of a tensor")
+        if field in ("grad", "grad_fn"):  # which may be None
+            raise UntraceableError(f"forward reads the {field} of a tensor")
         if field in METADATA and isinstance(args[0], torch.Tensor):
             self._tracer.read_metadata(args[0])
             return func(*args)

@@ -46,7 +46,7 @@ class Judge:
         self._roots: dict[torch.fx.Node, int] = {}
         self._effects: dict[torch.fx.Node, Effect] = {}
         self._verdicts: dict[torch.fx.Node, Verdict] = {}
-        self._written = 0
+        self._written = self._late = 0
         self._trained = {memory_of(t) for t in capture.trained}
         self._dirty: dict[int, torch.fx.Node] = {}
         self._dirty_before: dict[torch.fx.Node, int] = {}
@@ -58,7 +58,14 @@ class Judge:
             self._effects[node] = effect_of(node, self.capture.modules) if called else Effect(Kind.FREE)
             self._roots[node] = self._roots_of(node)
             self._written |= self._writes_of(node)
-        dirty = 0
+        while not self._settle(nodes):
+            pass
+        return self._verdicts
+
+    def _settle(self, nodes: list[torch.fx.Node]) -> bool:
+        """Judge all nodes. False if views turned out to be written in the step: those have to be made there."""
+        dirty = late = 0
+        self._dirty.clear()
         for node in nodes:
             self._dirty_before[node] = dirty
             self._verdicts[node] = self._judge(node, dirty)
@@ -67,7 +74,11 @@ class Judge:
             for bit in _bits_of(self._writes_of(node) & ~dirty):
                 self._dirty[bit] = node
             dirty |= self._writes_of(node)
-        return self._verdicts
+            if self._effects[node].kind is Kind.WRITES:
+                late |= self._writes_of(node)
+        settled = not late & ~self._late
+        self._late |= late
+        return settled
 
     def why_no_lookup(self, node: torch.fx.Node, lookup: Lookup) -> str | None:
         """Say why the gather of ``lookup`` cannot run ahead, or None."""
@@ -172,6 +183,8 @@ class Judge:
                 return _inherit(source, verdict, effect)
         if not node.op.startswith("call_"):
             return Verdict(effect, Reason.PREFIX)
+        if self._roots[node] & self._late & self._roots_of_all(node.all_input_nodes) and not is_metadata(node):
+            return Verdict(effect, Reason.WRITES)  # a view made without grad mode cannot be written with it
         if not node.all_input_nodes and self._roots[node] & self._written:
             return Verdict(effect, Reason.FILLED)
         reads = 0 if is_metadata(node) else self._roots_of_all(node.all_input_nodes)

@@ -1,5 +1,9 @@
 """What neither proxies nor a torch function mode see while a forward is traced: plain Python calls, globals, generators."""
 
+import collections
+import dis
+import functools
+import operator
 import random
 import sys
 import time
@@ -10,7 +14,7 @@ import numpy as np
 import torch
 
 from torchstage.transforms._frames import is_users
-from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._mirror import StandIn, UntraceableError
 
 
 class Watch:
@@ -20,10 +24,13 @@ class Watch:
     capture only; a global name that is read is baked in, so it is noted for the guards.
     """
 
-    def __init__(self, tracer: Any) -> None:
+    def __init__(self, tracer: Any, *, mirrored: bool = False) -> None:
         self._tracer = tracer
+        self._mirrored = mirrored  # whether the forward runs on stand-ins
 
     def __enter__(self) -> None:
+        self._holders: dict[int, Any] = {}
+        self._contents: dict[int, tuple[Any, Any, str]] = {}
         self._before = sys.getprofile()
         sys.setprofile(self._see)
 
@@ -33,12 +40,28 @@ class Watch:
         else:  # cProfile, which is no Python function
             sys.setprofile(None)
             self._before.enable()
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Undo what the forward did to globals and what they hold: the step that runs it as Python does it again."""
+        for container, before, name in self._contents.values():
+            if not _equal_items(container, before):
+                container.clear()
+                (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+                self._tracer.refused = UntraceableError(f"forward changes the {type(container).__name__} {name}")
+        for owner, name, value in self._tracer.globals.values():
+            if owner.get(name, owner) is not value and id(owner) in self._holders:
+                setattr(self._holders[id(owner)], name, value)
+                self._tracer.refused = UntraceableError(f"forward changes the {name} of a global object")
 
     def _see(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             if frame.f_code is _APPLY:
                 self._refuse(f"forward calls the autograd function {frame.f_locals['cls'].__name__}")
+            self._see_self(frame)
             if is_users(frame):
+                if _stores_global(frame.f_code):
+                    self._refuse("forward assigns a global variable")
                 self._note_globals(frame)
         elif arg is isinstance:
             user = frame.f_code is _IS_TENSOR or is_users(frame)
@@ -52,6 +75,22 @@ class Watch:
                 self._refuse(f"forward calls {arg.__name__}")
         elif frame is self._tracer.in_torch and event in ("c_return", "c_exception"):
             self._tracer.returned()
+
+    def _see_self(self, frame: types.FrameType) -> None:
+        """Refuse a call on a module of the user's own: only what is read through a stand-in is guarded."""
+        code = frame.f_code
+        if not code.co_argcount or not (code.co_name == "forward" or is_users(frame)):
+            return
+        given = frame.f_locals.get(code.co_varnames[0])
+        if not self._mirrored or not issubclass(type(given), torch.nn.Module):
+            return
+        if not issubclass(type(given), StandIn):
+            self._refuse(f"forward reaches a {type(given).__name__} that is not among its modules")
+        if "type" in code.co_names or "__class__" in code.co_names:
+            for base in type(given).__mro__:
+                for name in code.co_names:
+                    if name in vars(base) and not callable(vars(base)[name]):
+                        self._note(vars(base), name, vars(base)[name])
 
     def _see_generator(self, method: str) -> None:
         if method in ("manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"):
@@ -73,9 +112,12 @@ class Watch:
                 if inner is not None and not getattr(value, "__name__", "").startswith("torch"):
                     for attribute in names:
                         if attribute in inner:
+                            self._holders[id(inner)] = value
                             self._note(inner, attribute, inner[attribute])
 
     def _note(self, owner: Any, name: str, value: Any) -> None:
+        if type(value) in (list, dict, set, collections.deque) and not name.startswith("__"):
+            self._contents.setdefault(id(value), (value, value.copy(), name))
         self._tracer.globals.setdefault((id(owner), name), (owner, name, value))
 
 
@@ -102,6 +144,19 @@ class PythonRandomUntouched:
 def _generators() -> tuple[Any, ...]:
     legacy: Any = np.random.get_state()
     return None, random.getstate(), legacy, (legacy[1].tobytes(), *legacy[2:])
+
+
+def _equal_items(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return False
+    if isinstance(container, dict):
+        return all(container.get(key, container) is value for key, value in before.items())
+    return container == before if isinstance(container, set) else all(map(operator.is_, container, before))
+
+
+@functools.cache
+def _stores_global(code: types.CodeType) -> bool:
+    return any(instruction.opname == "STORE_GLOBAL" for instruction in dis.get_instructions(code))
 
 
 def _is_standard(frame: types.FrameType) -> bool:
