@@ -60,6 +60,7 @@ class Core:
         self.registry = Registry()
         self.unstaged: collections.Counter[str] = collections.Counter()
         self.stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
+        self.outer: Any = None
         self._binder = Binder(model, None, method)
         self._warned = False
 
@@ -145,7 +146,11 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 
 class _Entry:
-    """The staged method of a staged class: a data descriptor, so that it wins over one that is set on the instance."""
+    """The staged method of a staged class: a data descriptor, so that it wins over one that is set on the model.
+
+    What is set on the staged model, as wrappers do (``model.forward = autocast(model.forward)``), is called in its place.
+    It is not set on the user's model: the plain forward, which a fallback runs, would be the wrapper itself.
+    """
 
     def __init__(self, original: Any, method: str) -> None:
         @functools.wraps(original)
@@ -156,10 +161,20 @@ class _Entry:
         self._forward = forward
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self._forward if instance is None else types.MethodType(self._forward, instance)
+        if instance is None:
+            return self._forward
+        outer = core_of(instance, self._method).outer
+        return types.MethodType(self._forward, instance) if outer is None else outer
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self._method] = value
+        itself = types.MethodType(self._forward, instance)  # put back by a wrapper that is done
+        core_of(instance, self._method).outer = None if value == itself else value
+
+    def __delete__(self, instance: Any) -> None:
+        core = core_of(instance, self._method)
+        if core.outer is None:
+            raise AttributeError(self._method)
+        core.outer = None
 
 
 def _staged_class(base: type) -> Any:
