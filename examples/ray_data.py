@@ -36,7 +36,9 @@ def run(stage: bool) -> tuple[nn.Module, Any]:
     """Train two epochs."""
     ray.init(ignore_reinit_error=True, num_cpus=1, include_dashboard=False, logging_level=logging.ERROR)
     adult = Adult()
-    fields = [{"numbers": n.numpy(), "label": float(y)} for n, y in zip(adult.numbers[:ROWS], adult.label, strict=False)]
+    fields = [
+        {"numbers": n.numpy(), "label": float(y)} for n, y in zip(adult.numbers[:ROWS], adult.label, strict=False)
+    ]
     model: Any = Scores()
     loader: Any = ray.data.from_items(fields).iter_torch_batches(batch_size=BATCH)
     if stage:

@@ -45,7 +45,7 @@ def rows() -> TensorDict:
 def run(stage: bool) -> tuple[nn.Module, Any]:
     """Train two epochs."""
     model: Any = Scores()
-    loader: Any = DataLoader(rows(), BATCH, shuffle=True, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows(), BATCH, shuffle=True, collate_fn=lambda batch: batch)
     if stage:
         model, loader = torchstage.smart_stage(model, loader, capacity=4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

@@ -37,7 +37,9 @@ class Bags(nn.Module):
     def __init__(self, buckets: int = 1000, dim: int = 8) -> None:
         super().__init__()
         self.buckets = buckets
-        tables = [EmbeddingBagConfig(num_embeddings=buckets, embedding_dim=dim, name=k, feature_names=[k]) for k in KEYS]
+        tables = [
+            EmbeddingBagConfig(num_embeddings=buckets, embedding_dim=dim, name=k, feature_names=[k]) for k in KEYS
+        ]
         self.bags = EmbeddingBagCollection(tables=tables)
         self.top = nn.Linear(len(KEYS) * dim + 4, 1)
 
