@@ -9,6 +9,7 @@ touched: calling it directly runs the plain forward, and dropping the staged one
 import collections
 import copy
 import functools
+import importlib
 import inspect
 import operator
 import types
@@ -118,6 +119,7 @@ def stage_model(model: torch.nn.Module, method: str = "forward") -> torch.nn.Mod
         OptionError: the model has no such method.
     """
     if not isinstance(model, StagedModel):
+        _keep_from_compiler()
         core = Core(model, method)
         staged: Any = object.__new__(_staged_class(type(model)))
         object.__setattr__(staged, "__dict__", model.__dict__)
@@ -185,6 +187,17 @@ def _staged_class(base: type) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (StagedModel, base), names)
+
+
+@functools.cache
+def _keep_from_compiler() -> None:
+    """Let `torch.compile` compile the graphs that a staged model runs, and leave alone what recognises the batches.
+
+    Compiled, the look for a batch by the identity of its objects would be one for the first batch's. The import costs
+    nothing in the end: the first optimizer does it too.
+    """
+    rules = importlib.import_module("torch._dynamo.trace_rules")
+    rules.add("torchstage")
 
 
 _CORES = "_torchstage_cores"
