@@ -197,7 +197,21 @@ def _keep_from_compiler() -> None:
     nothing in the end: the first optimizer does it too.
     """
     rules = importlib.import_module("torch._dynamo.trace_rules")
-    rules.add("torchstage")
+    for name in _OF_THE_STEP:
+        rules.add(f"torchstage.{name}")
 
 
 _CORES = "_torchstage_cores"
+# Modules and packages with code that runs in a step; not `ops`, which knows a compiler itself.
+_OF_THE_STEP = (
+    "loaders",
+    "transforms",
+    "stats",
+    "_structure",
+    "_objects",
+    "_forms",
+    "_memory",
+    "_mode",
+    "_threads",
+    "_channel",
+)

@@ -91,7 +91,7 @@ def _fresh_compiler() -> Any:
 
 
 class Dense(nn.Module):
-    """No operation of torchstage's own: those are NumPy's work, which a compiler of the plain model takes for its own."""
+    """Nothing that a compiler has to leave out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,9 +108,14 @@ class Dense(nn.Module):
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # dynamo looks at it
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-@pytest.mark.parametrize("way", ["torch.compile", "module.compile", "forward"])
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [(Dense, "torch.compile"), (Dense, "module.compile"), (Dense, "forward"), (Clicks, "torch.compile")],
+)
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_compiled_staged_model_trains_as_the_compiled_plain_one(backend: str, way: str) -> None:
+def test_a_compiled_staged_model_trains_as_the_compiled_plain_one(
+    make: Callable[[], nn.Module], way: str, backend: str
+) -> None:
     def train(model: Any, loader: Any) -> list[torch.Tensor]:
         if way == "torch.compile":
             return steps(model, loader, call=torch.compile(model, backend=backend))
@@ -120,7 +125,7 @@ def test_a_compiled_staged_model_trains_as_the_compiled_plain_one(backend: str, 
             model.forward = torch.compile(model.forward, backend=backend)
         return steps(model, loader)
 
-    assert_same_steps(train, Dense)
+    assert_same_steps(train, make)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
