@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import torchstage
 from tests.support import assert_same
@@ -177,10 +177,9 @@ def test_accelerates_hook_starts_no_epoch_before_its_sampler_is_set(accelerate: 
     """A sampler that shuffles by the epoch's number gets it as the iteration begins, not when the work may start."""
 
     def orders(stage: bool) -> list[torch.Tensor]:
-        config = accelerate.DataLoaderConfiguration(use_seedable_sampler=True)
-        accelerator = accelerate.Accelerator(cpu=True, dataloader_config=config)
-        torch.manual_seed(0)
-        loader: Any = accelerator.prepare(DataLoader(data(), batch_size=16, shuffle=True))
+        rows = data()
+        order: Any = DistributedSampler(rows, num_replicas=1, rank=0, seed=3)
+        loader: Any = accelerate.Accelerator(cpu=True).prepare(DataLoader(rows, 16, sampler=order))
         if not stage:
             return [x for _ in range(3) for x, _, _ in loader]
         _, loader = torchstage.smart_stage(Scores(), loader, capacity=3)
@@ -190,7 +189,9 @@ def test_accelerates_hook_starts_no_epoch_before_its_sampler_is_set(accelerate: 
                 seen += [x for x, _, _ in loader]
         return seen
 
-    assert_same(orders(False), orders(True))
+    plain = orders(False)
+    assert not torch.equal(plain[0], plain[5])
+    assert_same(plain, orders(True))
 
 
 def test_accelerates_loader_that_sends_batches_from_one_rank_is_refused(accelerate: types.ModuleType) -> None:

@@ -11,17 +11,26 @@ from typing import Any
 from torchstage.loaders import StagedDataLoader
 
 
+class InnerLoader(StagedDataLoader):
+    """The staged loader inside a prepared one, which tells the sampler the epoch's number as an iteration begins."""
+
+    def start(self) -> None:
+        """Do nothing: an epoch that begins before its iteration would have the order of the one before."""
+
+
 def is_prepared(loader: Any) -> bool:
     """Whether ``loader`` is what ``Accelerator.prepare`` made of a `DataLoader`."""
     return _has_base(loader, "DataLoaderAdapter")
 
 
-def stage_inside(loader: Any, stage: Callable[[Any], StagedDataLoader]) -> tuple[StagedDataLoader, Any]:
+def stage_inside(
+    loader: Any, stage: Callable[[Any, type[StagedDataLoader]], StagedDataLoader]
+) -> tuple[StagedDataLoader, Any]:
     """Stage the loader that a prepared one wraps.
 
     Args:
         loader: the prepared one; it is not changed.
-        stage: makes a staged loader.
+        stage: makes a staged loader of a class.
 
     Returns:
         The staged loader, and a prepared one that reads from it. To ``isinstance`` the second is a `StagedDataLoader` too,
@@ -35,11 +44,12 @@ def stage_inside(loader: Any, stage: Callable[[Any], StagedDataLoader]) -> tuple
             "loader reads in one process and sends to the others, which cannot be done ahead. Prepare it with "
             "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))."
         )
-    inner = stage(loader.base_dataloader)
+    inner = stage(loader.base_dataloader, InnerLoader)
     twin = object.__new__(type(loader))
     twin.__dict__.update(loader.__dict__)
     twin.base_dataloader = inner
-    if twin.device is not None and twin.device.type == "cpu":
+    device = twin.__dict__.get("device")
+    if device is not None and device.type == "cpu":
         twin.device = None  # else lists of text are handed on as other lists, which nothing was staged for
     return inner, twin
 

@@ -51,8 +51,8 @@ def smart_stage(
             f"model must be a torch.nn.Module. Found: {type(model).__name__}. The order is smart_stage(model, loader)."
         )
 
-    def stage(loader: Iterable[Any]) -> StagedDataLoader:
-        return StagedDataLoader(loader, model, options, inputs=inputs, method=method, **overrides)
+    def stage(loader: Iterable[Any], kind: type[StagedDataLoader] = StagedDataLoader) -> StagedDataLoader:
+        return kind(loader, model, options, inputs=inputs, method=method, **overrides)
 
     staged, outer = stage_inside(loader, stage) if is_prepared(loader) else (stage(loader),) * 2
     assert staged.staged_model is not None
