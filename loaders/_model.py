@@ -9,6 +9,7 @@ touched: calling it directly runs the plain forward, and dropping the staged one
 import collections
 import copy
 import functools
+import importlib
 import inspect
 import operator
 import types
@@ -60,6 +61,7 @@ class Core:
         self.registry = Registry()
         self.unstaged: collections.Counter[str] = collections.Counter()
         self.stagers: weakref.WeakSet[Stager] = weakref.WeakSet()
+        self.outer: Any = None
         self._binder = Binder(model, None, method)
         self._warned = False
 
@@ -117,6 +119,7 @@ def stage_model(model: torch.nn.Module, method: str = "forward") -> torch.nn.Mod
         OptionError: the model has no such method.
     """
     if not isinstance(model, StagedModel):
+        _keep_from_compiler()
         core = Core(model, method)
         staged: Any = object.__new__(_staged_class(type(model)))
         object.__setattr__(staged, "__dict__", model.__dict__)
@@ -145,7 +148,11 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 
 class _Entry:
-    """The staged method of a staged class: a data descriptor, so that it wins over one that is set on the instance."""
+    """The staged method of a staged class: a data descriptor, so that it wins over one that is set on the model.
+
+    What is set on the staged model, as wrappers do (``model.forward = autocast(model.forward)``), is called in its place.
+    It is not set on the user's model: the plain forward, which a fallback runs, would be the wrapper itself.
+    """
 
     def __init__(self, original: Any, method: str) -> None:
         @functools.wraps(original)
@@ -156,10 +163,20 @@ class _Entry:
         self._forward = forward
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self._forward if instance is None else types.MethodType(self._forward, instance)
+        if instance is None:
+            return self._forward
+        outer = core_of(instance, self._method).outer
+        return types.MethodType(self._forward, instance) if outer is None else outer
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self._method] = value
+        itself = types.MethodType(self._forward, instance)  # put back by a wrapper that is done
+        core_of(instance, self._method).outer = None if value == itself else value
+
+    def __delete__(self, instance: Any) -> None:
+        core = core_of(instance, self._method)
+        if core.outer is None:
+            raise AttributeError(self._method)
+        core.outer = None
 
 
 def _staged_class(base: type) -> Any:
@@ -172,4 +189,29 @@ def _staged_class(base: type) -> Any:
     return type(base.__name__, (StagedModel, base), names)
 
 
+@functools.cache
+def _keep_from_compiler() -> None:
+    """Let `torch.compile` compile the graphs that a staged model runs, and leave alone what recognises the batches.
+
+    Compiled, the look for a batch by the identity of its objects would be one for the first batch's. The import costs
+    nothing in the end: the first optimizer does it too.
+    """
+    rules = importlib.import_module("torch._dynamo.trace_rules")
+    for name in _OF_THE_STEP:
+        rules.add(f"torchstage.{name}")
+
+
 _CORES = "_torchstage_cores"
+# Modules and packages with code that runs in a step; not `ops`, which knows a compiler itself.
+_OF_THE_STEP = (
+    "loaders",
+    "transforms",
+    "stats",
+    "_structure",
+    "_objects",
+    "_forms",
+    "_memory",
+    "_mode",
+    "_threads",
+    "_channel",
+)

@@ -54,6 +54,10 @@ class ReplayParts(Parts):
     ) -> None:
         ahead = lift_all(capture, plan)
         super().__init__(capture, ahead, mode, options, recorder)
+        # Numbers are parts of recorded calls, compared with those of the step; by no other way do values hang on them.
+        self.unused = frozenset(
+            input_position(node) for node in capture.graph.find_nodes(op="placeholder") if not node.users
+        )
         self._forward = forward
         self._script = _Script(capture, ahead.stage.outputs, [site.lookup.node for site in self.sites], mode.ambient)
 

@@ -134,9 +134,10 @@ class Ticket:
             known = mine() if weak else mine
             if known is leaf:
                 continue
-            if identifies(leaf) or type(known) is not type(leaf):
+            # A column of text in another list is what moving a batch to a device leaves of it; equal text is the same.
+            if (identifies(leaf) and not is_text_leaf(leaf)) or type(known) is not type(leaf):
                 return False
-            if known != leaf and not (self.staging.parts is not None and position in self.staging.parts.unused):
+            if known != leaf and self.staging.parts is not None and position not in self.staging.parts.unused:
                 return False
         return True
 
@@ -163,7 +164,7 @@ class Registry:
         A batch without any object that can be watched, of lists of text alone, is remembered until ``2 * clients`` later
         ones have been added.
         """
-        key_leaf = next((leaf for leaf in leaves if identifies(leaf)), None)
+        key_leaf = _key_leaf(leaves)
         if key_leaf is None:
             return
         key = id(key_leaf)
@@ -191,10 +192,8 @@ class Registry:
 
     def find(self, leaves: Sequence[Any]) -> Ticket | None:
         """Return the ticket of a call with these leaves, or None if no staged loader handed them out."""
-        for leaf in leaves:
-            if identifies(leaf):
-                return self._tickets.get(id(leaf))
-        return None
+        key_leaf = _key_leaf(leaves)
+        return None if key_leaf is None else self._tickets.get(id(key_leaf))
 
 
 def identifies(leaf: object) -> bool:
@@ -202,6 +201,18 @@ def identifies(leaf: object) -> bool:
     if isinstance(leaf, torch.Tensor):
         return not leaf.requires_grad
     return isinstance(leaf, np.ndarray) or is_text_leaf(leaf)
+
+
+def _key_leaf(leaves: Sequence[Any]) -> Any:
+    """Return the leaf that a call is found by: the first tensor or array, since text may come in another list."""
+    text = None
+    for leaf in leaves:
+        if identifies(leaf):
+            if not is_text_leaf(leaf):
+                return leaf
+            if text is None:
+                text = leaf
+    return text
 
 
 def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 The gradients that a step applies have the rows of both ranks, so they are not those of the lookups of one.
 """
 
+import contextlib
 import copy
 import faulthandler
 import os
@@ -16,7 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import torchstage
 from torchstage.errors import EmptyStageWarning
@@ -86,6 +91,93 @@ def report(plain: list[Any], staged: list[Any], loader: torchstage.StagedDataLoa
     }
 
 
+def uneven(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Train with `Join` while one rank has three batches less."""
+    found = {}
+    mine = batches(rank)[: STEPS - 3 * rank]
+    plain = DistributedDataParallel(Clicks(sparse=False))
+    with Join([plain]):
+        expected = train(plain, mine)
+    staged, loader = torchstage.smart_stage(Clicks(sparse=False), mine, **options)
+    outer = DistributedDataParallel(staged)
+    with Join([outer]):
+        found["uneven"] = report(expected, train(outer, loader), loader) | {"steps": loader.stats.staged_steps}
+    return found
+
+
+def accumulated(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Train with gradients that are exchanged at every third step."""
+
+    def steps(net: Any, loader: Any) -> list[Any]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        seen: list[Any] = []
+        for number, (ids, bags, label) in enumerate(loader):
+            with contextlib.nullcontext() if number % 3 == 2 else net.no_sync():
+                nn.functional.mse_loss(net(ids, bags), label).backward()
+            if number % 3 == 2:
+                seen += [part for p in net.parameters() for part in parts_of(p.grad)]
+                optimizer.step()
+                optimizer.zero_grad()
+        return seen + [p.detach().clone() for p in net.parameters()]
+
+    expected = steps(DistributedDataParallel(Clicks(sparse=False)), batches(rank))
+    staged, loader = torchstage.smart_stage(Clicks(sparse=False), batches(rank), **options)
+    return {"accumulated": report(expected, steps(DistributedDataParallel(staged), loader), loader)}
+
+
+def sharded(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Train with fully sharded parameters: sharded before the model is staged, and after."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def steps(net: Any, loader: Any) -> list[Any]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        seen: list[Any] = []
+        for ids, bags, label in loader:
+            output = net(ids, bags)
+            nn.functional.mse_loss(output, label).backward()
+            seen += [output.detach().clone(), *[p.grad.to_local().clone() for p in net.parameters()]]
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen + [p.detach().to_local().clone() for p in net.parameters()]
+
+    def shard(net: Any) -> nn.Module:
+        fully_shard(net.out, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        return net
+
+    found = {}
+    expected = steps(shard(Clicks(sparse=False)), batches(rank))
+    for order in ("sharded, then staged", "staged, then sharded"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if order == "sharded, then staged":
+                staged, loader = torchstage.smart_stage(shard(Clicks(sparse=False)), batches(rank), **options)
+            else:
+                staged, loader = torchstage.smart_stage(Clicks(sparse=False), batches(rank), **options)
+                shard(staged)
+            found[order] = report(expected, steps(staged, loader), loader) | {"steps": loader.stats.staged_steps}
+    return found
+
+
+def reshuffled(rank: int) -> dict[str, Any]:
+    """Read three epochs, with the sampler told their numbers through the staged loader."""
+    data = TensorDataset(torch.arange(37))
+
+    def epochs(loader: Any) -> list[Any]:
+        seen = []
+        for epoch in range(3):
+            loader.sampler.set_epoch(epoch)
+            seen += [batch[0].clone() for batch in loader]
+        return seen
+
+    def make() -> Any:
+        return DataLoader(data, 4, sampler=DistributedSampler(data, num_replicas=2, rank=rank, seed=3))
+
+    expected = epochs(make())
+    seen = epochs(torchstage.StagedDataLoader(make(), capacity=3, num_threads=2))
+    return {"reshuffled": {"equal": all(map(equal, expected, seen)), "differs": not equal(expected[0], expected[5])}}
+
+
 def run(rank: int, folder: str) -> None:
     """The body of one rank."""
     faulthandler.enable()
@@ -106,6 +198,7 @@ def run(rank: int, folder: str) -> None:
             warnings.simplefilter("always", EmptyStageWarning)
             reports[f"staged DDP, sparse={sparse}"] = report(plain, train(staged, loader), loader)
         reports[f"staged DDP, sparse={sparse}"]["warnings"] = [str(warning.message) for warning in given]
+    reports |= uneven(rank, options) | accumulated(rank, options) | sharded(rank, options) | reshuffled(rank)
     torch.save(reports, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -160,3 +253,29 @@ def test_a_ddp_model_that_is_staged_is_recorded_and_bit_equal(
     assert not found["warnings"]
     assert found["used"].keys() == {"module.e.weight", "module.bag.weight"}
     assert not sparse or found["used"]["module.e.weight"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_uneven_data_ends_on_all_ranks_with_join(reports: list[dict[str, Any]], rank: int) -> None:
+    found = reports[rank]["uneven"]
+    assert found["equal"]
+    assert found["steps"] == STEPS - 3 * rank
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradients_that_are_exchanged_now_and_then(reports: list[dict[str, Any]], rank: int) -> None:
+    assert reports[rank]["accumulated"]["equal"]
+    assert not reports[rank]["accumulated"]["fallbacks"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("order", ["sharded, then staged", "staged, then sharded"])
+def test_fully_sharded_parameters_train_bit_equal(reports: list[dict[str, Any]], order: str, rank: int) -> None:
+    assert reports[rank][order]["equal"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_distributed_sampler_is_told_the_epoch_through_the_staged_loader(
+    reports: list[dict[str, Any]], rank: int
+) -> None:
+    assert reports[rank]["reshuffled"] == {"equal": True, "differs": True}

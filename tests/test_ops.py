@@ -436,3 +436,16 @@ def test_series_like_objects_are_told_how() -> None:
 
     with pytest.raises(TypeError, match=r"not Series; use its to_numpy\(\)"):
         pack_strings(Series())
+
+
+@pytest.mark.parametrize("column", [["a", "", "some longer text"], [1, -5, 2**40]], ids=["text", "ids"])
+def test_an_op_in_a_compiled_function_runs_as_it_is(column: list[Any]) -> None:
+    def double(values: Any) -> torch.Tensor:
+        hashed = (
+            ops.hash_bucket(values, 50) if isinstance(values, torch.Tensor) else ops.string_to_hash_bucket(values, 50)
+        )
+        return hashed * 2
+
+    values = torch.tensor(column) if isinstance(column[0], int) else column
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(double, backend="eager")(values), double(values))

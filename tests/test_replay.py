@@ -1,5 +1,6 @@
 """Recorded forwards: whatever the Python code does, the numbers are those of the plain forward."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import torchstage
-from tests.support import assert_same_training
+from tests.support import assert_same, assert_same_training
 from torchstage import ops
 from torchstage.errors import FallbackWarning
 from torchstage.transforms import Reason
@@ -366,3 +367,32 @@ def test_operators_that_trust_their_arguments_are_not_called_ahead_with_those_of
     for x in loader:
         model(x)
     assert {node.target for node in loader.plan.lifted} == {"sin"}
+
+
+def test_a_number_that_differs_from_step_to_step_keeps_no_recorded_forward_from_its_values() -> None:
+    """Training frameworks pass the step's number; the loader cannot know it."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(3, 1)
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.calls += 1
+            if batch.sum() > 1e9:  # decides on contents, so it is recorded
+                batch = batch * 0
+            return self(torch.log1p(batch.abs()) + batch_idx).mean()
+
+    model = Steps()
+    batches = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(12)]
+    plain = [copy.deepcopy(model).training_step(x, i).detach() for i, x in enumerate(batches)]
+    staged, loader = torchstage.smart_stage(model, batches, method="training_step", capacity=3)
+    seen = [staged.training_step(x, i).detach() for i, x in enumerate(loader)]
+    assert_same(plain, seen)
+    assert model.calls == len(batches)
+    assert loader.stats.staged_steps > 6
+    assert set(loader.stats.fallbacks) == {"the forward is recorded"}

@@ -19,7 +19,8 @@ def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     if is_traceable_wrapper_subclass(tensor):
         flat: Any = tensor
         names = [name for name in flat.__tensor_flatten__()[0] if not name.endswith(_CACHED)]
-        return [part for name in reversed(names) for part in parts_of(getattr(tensor, name))]
+        held = [getattr(tensor, name) for name in reversed(names)]  # a distributed one's mesh too
+        return [part for inner in held if isinstance(inner, torch.Tensor) for part in parts_of(inner)]
     if tensor.layout is torch.strided:
         return [tensor]
     with torch.no_grad():

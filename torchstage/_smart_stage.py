@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchstage._accelerate import is_prepared, stage_inside
 from torchstage.loaders import StagedDataLoader
 from torchstage.options import SmartStageOptions
 from torchstage.transforms import Inputs
@@ -30,7 +31,7 @@ def smart_stage(
 
     Args:
         model: any `torch.nn.Module`. It is not changed; the staged model shares its parameters and its whole state.
-        loader: any iterable of batches.
+        loader: any iterable of batches, also one that Accelerate prepared.
         options: see `SmartStageOptions`.
         inputs: maps a batch to ``(args, kwargs)`` of forward; see `StagedDataLoader` for what happens without it.
         method: the method that a training step calls with the batch, if it is not ``forward``, such as
@@ -49,6 +50,10 @@ def smart_stage(
         raise TypeError(
             f"model must be a torch.nn.Module. Found: {type(model).__name__}. The order is smart_stage(model, loader)."
         )
-    staged = StagedDataLoader(loader, model, options, inputs=inputs, method=method, **overrides)
+
+    def stage(loader: Iterable[Any], kind: type[StagedDataLoader] = StagedDataLoader) -> StagedDataLoader:
+        return kind(loader, model, options, inputs=inputs, method=method, **overrides)
+
+    staged, outer = stage_inside(loader, stage) if is_prepared(loader) else (stage(loader),) * 2
     assert staged.staged_model is not None
-    return Staged(staged.staged_model, staged)
+    return Staged(staged.staged_model, outer)

@@ -55,6 +55,8 @@ def pure_op(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if proxy is None and has_torch_function(args):  # a tracer that works through a torch function mode
             return handle_torch_function(op, (), *args, **kwargs)
         if proxy is None:
+            if torch.compiler.is_dynamo_compiling():  # it would take what NumPy does here for what torch can do
+                return cast("_R", torch.compiler.disable(function)(*args, **kwargs))
             return function(*args, **kwargs)
         return cast("_R", proxy.tracer.create_proxy("call_function", op, args, kwargs))
 
