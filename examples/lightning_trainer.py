@@ -10,7 +10,7 @@ import lightning
 import torch
 from clicks import BATCH, Clicks, Rows, compare
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 import torchstage
 
@@ -42,11 +42,7 @@ def run(stage: bool) -> tuple[nn.Module, Any]:
     """Train two epochs."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module: Any = Module()
-    rows = Rows()
-    # Lightning asks a loader that is no DataLoader for one iterator more, and that draws a seed. To have the very order
-    # of the plain run, the order gets generators of its own.
-    order = RandomSampler(rows, generator=torch.Generator().manual_seed(0))
-    loader: Any = DataLoader(rows, BATCH, sampler=order, generator=torch.Generator())
+    loader: Any = DataLoader(Rows(), BATCH, shuffle=True)
     if stage:
         module, loader = torchstage.smart_stage(module, loader, capacity=4)
     trainer = lightning.Trainer(

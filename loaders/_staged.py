@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchstage._lightning import only_looks
 from torchstage._threads import get_stage_thread_pool
 from torchstage.autotune import Model
 from torchstage.errors import ChannelCancelled, ChannelClosed, OptionError, TorchstageError
@@ -108,8 +109,8 @@ class StagedDataLoader:
         """The plan in force, what is lifted and why; None before the first batch was read or without a model."""
         return self._shared.stager.plan if self._shared.stager is not None else None
 
-    def __iter__(self) -> "StagedIterator":
-        return StagedIterator(self, self._shared.join())
+    def __iter__(self) -> Iterator[Any]:
+        return iter(()) if only_looks() else StagedIterator(self, self._shared.join())
 
     def __len__(self) -> int:
         return len(self._shared.loader)
