@@ -12,7 +12,7 @@ from torchstage.loaders._pipeline import Item, Pipeline
 from torchstage.loaders._resume import Keeper, Progress, Start, from_state, is_stateful, to_state
 from torchstage.loaders._source import Source
 from torchstage.loaders._stager import Stager
-from torchstage.loaders._streams import ReadOrder, Streams
+from torchstage.loaders._streams import Generators, ReadOrder, Streams
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -156,6 +156,7 @@ class Shared:
             self.tuner,
             self.order,
             Keeper(self.loader),
+            Generators(self.loader),
             progress.position,
             progress.ignored,
         )
@@ -182,6 +183,7 @@ class Shared:
 
     def _stop_epoch(self, epoch: "Epoch", timeout: float = 5.0) -> None:
         epoch.pipeline.stop(timeout)
+        epoch.pipeline.undraw()
         if epoch.one_shot:
             self._pushed_back = epoch.pipeline.leftovers()
             self._behind = epoch.pipeline.behind(self._pushed_back)

@@ -27,7 +27,9 @@ wrong.
     ends the threads.
 12. Random numbers. While it is not known whether reading draws from a global random stream, and always if it does, a batch
     is read when a client asks for it, on the client's thread; see `ReadOrder`.
-13. Positions. Each read of the user's loader that did not end the epoch is a position, whatever became of it; an item says
+13. Generators. Once stopped, `undraw` puts the generators that the user gave to the loader or its sampler back to where the
+    last batch that was taken left them, unless something else has drawn from them since.
+14. Positions. Each read of the user's loader that did not end the epoch is a position, whatever became of it; an item says
     which is its own, and carries the loader's state behind it.
 """
 
@@ -53,7 +55,7 @@ from torchstage.loaders._feed import Feed, bytes_of
 from torchstage.loaders._resume import Keeper, Snapshot
 from torchstage.loaders._source import Batch, Source
 from torchstage.loaders._stager import Bound, Stager
-from torchstage.loaders._streams import ReadOrder
+from torchstage.loaders._streams import Generators, ReadOrder, States
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -67,6 +69,7 @@ class Read(NamedTuple):
     number: int
     outcome: Batch | BaseException
     snapshot: Snapshot | None
+    drawn: States
     seconds: float
 
 
@@ -77,6 +80,7 @@ class Item(NamedTuple):
     outcome: Batch | BaseException
     bound: Bound | None
     snapshot: Snapshot | None
+    drawn: States
     what: str = ""
 
 
@@ -91,6 +95,7 @@ class Pipeline:
         tuner: chooses capacity and threads where the options leave them open; None if they do not.
         order: whether batches may be read ahead.
         keeper: takes the states of the user's loader.
+        generators: those that the user's loader was given.
         position: reads of the user's loader before the first that this pipeline makes.
         ignored: how many of them an ignored exception has skipped.
     """
@@ -104,6 +109,7 @@ class Pipeline:
         tuner: Tuner | None = None,
         order: ReadOrder | None = None,
         keeper: Keeper | None = None,
+        generators: Generators | None = None,
         position: int = 0,
         ignored: int = 0,
     ) -> None:
@@ -113,6 +119,8 @@ class Pipeline:
         self.last: Snapshot | None = None
         self._order = ReadOrder((), keep=False) if order is None else order
         self._keeper = Keeper(None) if keeper is None else keeper
+        self._generators = Generators(None) if generators is None else generators
+        self._drawn_by_reads = self._drawn_by_taken = self._generators.now()
         self._in_step = False
         self.options = options
         self.recorder = recorder
@@ -201,8 +209,9 @@ class Pipeline:
     def _next_batch(self) -> Item:
         """Take the next item that is a batch; what was ignored before it is counted now, in its order."""
         while True:
-            item = self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._holding_back)
+            item = self._take_any()
             self._in_hand.pop(item.number, None)
+            self._drawn_by_taken = item.drawn
             if isinstance(item.outcome, Batch):
                 return item
             if self._ignored_too_many():
@@ -213,6 +222,15 @@ class Pipeline:
                 self._end(item.number + 1)
                 raise item.outcome
             self._ignore(item.outcome, item.what)
+
+    def _take_any(self) -> Item:
+        try:
+            return self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._holding_back)
+        except ChannelCancelled:
+            raise
+        except Exception:  # the end or an error, which the plain loop comes to by a read too
+            self._drawn_by_taken = self._drawn_by_reads
+            raise
 
     def _take_in_step(self) -> Item:
         """Read a batch on the calling thread, and start the workers once it is known that they may read ahead."""
@@ -240,6 +258,14 @@ class Pipeline:
         self.channel.cancel()
         self.crew.stop(timeout)
 
+    def undraw(self) -> None:
+        """Put the loader's generators back to where the last batch that was taken left them. Call it after `stop`.
+
+        A plain loop that breaks off has not read further; what somebody else drew since stays drawn.
+        """
+        if self._generators.now() == self._drawn_by_reads and self._drawn_by_taken != self._drawn_by_reads:
+            self._generators.restore(self._drawn_by_taken)
+
     def leftovers(self) -> list[Any]:
         """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
         waiting, self._in_hand = self._in_hand, {}
@@ -257,14 +283,16 @@ class Pipeline:
             try:
                 outcome = self.source.next()
             except BaseException as error:  # noqa: BLE001 - it is raised to the client
+                self._drawn_by_reads = self._generators.now()
                 if not self._is_ignored(error):
                     self._read_failed(index, error)
                     return None
                 outcome = error
+            self._drawn_by_reads = drawn = self._generators.now()
             self._next_index += 1
             self._in_hand[index] = outcome
             snapshot = self._keeper.after(self.position_of(index))
-            return Read(index, outcome, snapshot, time.perf_counter() - started)
+            return Read(index, outcome, snapshot, drawn, time.perf_counter() - started)
 
     def behind(self, leftovers: list[Any]) -> int:
         """Return how many reads of the user's loader are behind this pipeline, if what it left over is read again."""
@@ -312,13 +340,13 @@ class Pipeline:
         """Stage one batch; None if it failed, which ends the epoch at this batch."""
         index, batch = got.number, got.outcome
         if isinstance(batch, BaseException):
-            return Item(index, batch, None, got.snapshot, f"the loader raised {batch!r}")
+            return Item(index, batch, None, got.snapshot, got.drawn, f"the loader raised {batch!r}")
         started = time.perf_counter()
         try:
             bound = self.stager.stage(batch) if self.stager is not None else None
         except BaseException as error:  # noqa: BLE001 - it is raised to the client
             if self._is_ignored(error):
-                return Item(index, error, None, got.snapshot, f"staging batch {index} raised {error!r}")
+                return Item(index, error, None, got.snapshot, got.drawn, f"staging batch {index} raised {error!r}")
             self._in_hand.pop(index, None)
             if isinstance(error, self.options.closed_exception_types):
                 self._end(index)
@@ -329,7 +357,7 @@ class Pipeline:
         seconds = time.perf_counter() - started
         self.recorder.staged(got.seconds, None if bound is None else seconds)
         self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, got.seconds, seconds)))
-        return Item(index, batch, bound, got.snapshot)
+        return Item(index, batch, bound, got.snapshot, got.drawn)
 
     def _costs_of(
         self, batch: Batch, bound: Bound | None, read: float, stage: float

@@ -10,10 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from torchstage.errors import StateError
-from torchstage.loaders._streams import Streams, generators_of
+from torchstage.loaders._streams import Generators, States, Streams
 
 VERSION = 1
 """Of the dictionary's layout; raised when an older torchstage could not read it."""
@@ -30,18 +28,17 @@ class Start(NamedTuple):
     """What a pass was begun with: the global random streams, and the generators of the user's loader."""
 
     streams: Streams
-    generators: list[torch.Tensor]
+    generators: States
 
     @classmethod
     def now(cls, loader: Any) -> "Start":
         """Return what a pass over ``loader`` would begin with now."""
-        return cls(Streams.now(), [generator.get_state() for generator in generators_of(loader)])
+        return cls(Streams.now(), Generators(loader).now())
 
     def restore(self, loader: Any) -> None:
         """Put the streams and the loader's generators back."""
         self.streams.restore()
-        for generator, state in zip(generators_of(loader), self.generators, strict=False):
-            generator.set_state(state)
+        Generators(loader).restore(self.generators)
 
 
 class Progress(NamedTuple):
@@ -118,7 +115,7 @@ def to_state(progress: Progress, loader: Any) -> dict[str, Any]:
         "position": progress.position,
         "ignored": progress.ignored,
         "ended": progress.ended,
-        "start": None if start is None else {"streams": start.streams.to_state(), "generators": start.generators},
+        "start": None if start is None else {"streams": start.streams.to_state(), "generators": list(start.generators)},
         "snapshot": None
         if snapshot is None
         else {"position": snapshot.position, "state": copy.deepcopy(snapshot.state)},
@@ -148,7 +145,7 @@ def from_state(state: Any, loader: Any) -> Progress:
     return Progress(
         **{name: state[name] for name in _COUNTS},
         ended=state["ended"],
-        start=None if start is None else Start(Streams.from_state(start["streams"]), list(start["generators"])),
+        start=None if start is None else Start(Streams.from_state(start["streams"]), tuple(start["generators"])),
         snapshot=None if snapshot is None else Snapshot(snapshot["position"], copy.deepcopy(snapshot["state"])),
     )
 

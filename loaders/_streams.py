@@ -74,16 +74,33 @@ def _same_numpy(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return a[2:] == b[2:] and bool(np.array_equal(a[1], b[1]))
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a `DataLoader` and its samplers were given, each once."""
-    found: list[torch.Generator] = []
-    for path in (("generator",), ("sampler", "generator"), ("batch_sampler", "sampler", "generator")):
-        value = loader
-        for name in path:
-            value = getattr(value, name, None)
-        if isinstance(value, torch.Generator) and all(value is not other for other in found):
-            found.append(value)
-    return found
+States = tuple[bytes, ...]
+
+
+class Generators:
+    """The generators that a `DataLoader` and its samplers were given, each once. Other loaders have none.
+
+    Args:
+        loader: the user's loader.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.found: list[torch.Generator] = []
+        for path in (("generator",), ("sampler", "generator"), ("batch_sampler", "sampler", "generator")):
+            value = loader
+            for name in path:
+                value = getattr(value, name, None)
+            if isinstance(value, torch.Generator) and all(value is not other for other in self.found):
+                self.found.append(value)
+
+    def now(self) -> States:
+        """Return their states."""
+        return tuple([generator.get_state().numpy().tobytes() for generator in self.found])
+
+    def restore(self, states: States) -> None:
+        """Put them into these states, those that there are."""
+        for generator, state in zip(self.found, states, strict=False):
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 class ReadOrder:

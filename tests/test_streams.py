@@ -1,6 +1,7 @@
 """Random streams: the numbers of the plain loop, whoever draws, and a loader that draws for each batch is not read ahead."""
 
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 import torchstage
 from tests.support import assert_same, click_data
 from torchstage import StagedDataLoader
 from torchstage.errors import RandomStreamWarning
-from torchstage.loaders._streams import ReadOrder, Streams, generators_of
+from torchstage.loaders._streams import Generators, ReadOrder, Streams
 
 DRAWS: dict[str, Callable[[], float]] = {
     "torch": lambda: float(torch.rand(())),
@@ -221,6 +222,45 @@ def test_a_pass_of_one_batch_says_nothing_of_the_next() -> None:
 def test_the_generators_of_a_loader_are_found_once() -> None:
     generator = torch.Generator()
     data = TensorDataset(torch.arange(4))
-    assert generators_of(DataLoader(data, shuffle=True, generator=generator)) == [generator]
-    assert generators_of(DataLoader(data)) == []
-    assert generators_of([1, 2]) == []
+    assert Generators(DataLoader(data, shuffle=True, generator=generator)).found == [generator]
+    assert Generators(DataLoader(data)).found == []
+    assert Generators([1, 2]).found == []
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 8])
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 4])
+def test_breaking_off_leaves_the_samplers_generator_as_the_plain_loop_does(stop_at: int, capacity: int) -> None:
+    """A sampler draws once more when it is exhausted, which reading ahead does and a loop that breaks off does not."""
+
+    def order(stage: bool) -> list[int]:
+        rows: Any = torch.arange(20)
+        sampler = RandomSampler(rows, generator=torch.Generator().manual_seed(0))
+        loader: Any = DataLoader(rows, 4, sampler=sampler)
+        if stage:
+            loader = StagedDataLoader(loader, capacity=capacity, num_threads=2)
+        found = []
+        for _ in range(3):
+            iterator = iter(loader)
+            for i, x in enumerate(iterator):
+                while stage and capacity == 8 and not iterator._epoch.pipeline._ended:
+                    time.sleep(0.001)  # until all is read
+                found.append(int(x[0]))
+                if i == stop_at:
+                    break
+            del iterator
+        return found
+
+    assert order(stage=True) == order(stage=False)
+
+
+def test_what_the_loop_draws_from_the_loaders_generator_stays_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loader = StagedDataLoader(DataLoader(click_data(), 4, shuffle=True, generator=generator), capacity=4)
+    iterator = iter(loader)
+    next(iterator)
+    while not iterator._epoch.pipeline.channel.ready:
+        time.sleep(0.001)
+    torch.rand(1, generator=generator)
+    state = generator.get_state()
+    iterator.close()
+    assert torch.equal(generator.get_state(), state)

@@ -7,10 +7,12 @@ import collections
 import contextlib
 import copy
 import functools
+import gc
 import pathlib
 import pickle
 import random
 import threading
+import time
 import types
 import warnings
 import weakref
@@ -26,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import torchstage
-from tests.support import assert_same
+from tests.support import Scale, assert_same, numbers
 
 STEP = 0
 CONFIG = {"scale": 1.0}
@@ -671,3 +673,24 @@ def test_a_saved_staged_model_is_the_plain_one(tmp_path: pathlib.Path) -> None:
     for loaded in (torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(staged))):
         assert type(loaded) is nn.Linear
         assert torch.equal(loaded.weight, model.weight)
+
+
+def test_what_the_garbage_collector_calls_during_capture_is_not_the_forwards(request: pytest.FixtureRequest) -> None:
+    def told(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()  # as tools do that measure the collector
+
+    class Makes(Scale):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            cycles = [[] for _ in range(5000)]  # type: ignore[var-annotated]
+            for cycle in cycles:
+                cycle.append(cycle)
+            return (x * 2).sin() * self.weight
+
+    gc.callbacks.append(told)
+    request.addfinalizer(lambda: gc.callbacks.remove(told))
+    staged, loader = torchstage.smart_stage(Makes(), numbers(4))
+    for x in loader:
+        staged(x)
+    assert loader.plan is not None
+    assert loader.plan.rung == "traced"
+    assert gc.isenabled()

@@ -3,6 +3,7 @@
 import collections
 import dis
 import functools
+import gc
 import operator
 import random
 import sys
@@ -32,6 +33,8 @@ class Watch:
         self._holders: dict[int, Any] = {}
         self._contents: dict[int, tuple[Any, Any, str]] = {}
         self._before = sys.getprofile()
+        self._collects = gc.isenabled()
+        gc.disable()  # what finalizers and callbacks of the collector call is not the forward's
         sys.setprofile(self._see)
 
     def __exit__(self, *exc: object) -> None:
@@ -40,6 +43,8 @@ class Watch:
         else:  # cProfile, which is no Python function
             sys.setprofile(None)
             self._before.enable()
+        if self._collects:
+            gc.enable()
         self._put_back()
 
     def _put_back(self) -> None:
