@@ -90,9 +90,10 @@ def _is_alone() -> bool:
 def _can_be_copied(model: torch.nn.Module) -> bool:
     """Whether a forward on a replica of ``model`` leaves nothing behind.
 
-    TorchScript shares its state with a replica, a lazy layer has none yet, and hooks are the user's own.
+    TorchScript shares its state with a replica, a lazy layer has none yet, hooks are the user's own, and what is compiled
+    belongs to the model that it was compiled for.
     """
-    if any(has_hooks(part) for part in model.modules()):
+    if any(has_hooks(part) or part._compiled_call_impl is not None for part in model.modules()):
         return False
     if any(isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)) for part in model.modules()):
         return False
