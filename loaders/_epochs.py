@@ -9,10 +9,11 @@ from typing import Any
 
 from torchstage.errors import ForkedError, ResumeWarning, StateError
 from torchstage.loaders._pipeline import Item, Pipeline
-from torchstage.loaders._resume import Keeper, Progress, Start, from_state, is_stateful, to_state
+from torchstage.loaders._reader import Reader
+from torchstage.loaders._resume import Progress, Start, from_state, is_stateful, to_state
 from torchstage.loaders._source import Source
 from torchstage.loaders._stager import Stager
-from torchstage.loaders._streams import Generators, ReadOrder, Streams
+from torchstage.loaders._streams import ReadOrder, Streams
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -148,18 +149,8 @@ class Shared:
         progress = self._begin_progress(resume, restart, start, one_shot)
         source = Source(iterator, self._window(), self._pushed_back if one_shot else [], self._reuses())
         self._pushed_back = []
-        pipeline = Pipeline(
-            source,
-            self.stager,
-            self.options,
-            self.recorder,
-            self.tuner,
-            self.order,
-            Keeper(self.loader),
-            Generators(self.loader),
-            progress.position,
-            progress.ignored,
-        )
+        reader = Reader(source, self.options, self.order, self.loader, progress.position)
+        pipeline = Pipeline(reader, self.stager, self.options, self.recorder, self.tuner, progress.ignored)
         epoch = Epoch(self, pipeline, progress, one_shot)
         if restart is not None:
             epoch.skip = _Skip(iterator, restart, self._behind if one_shot else 0, Streams.now())
@@ -183,10 +174,10 @@ class Shared:
 
     def _stop_epoch(self, epoch: "Epoch", timeout: float = 5.0) -> None:
         epoch.pipeline.stop(timeout)
-        epoch.pipeline.undraw()
+        epoch.pipeline.reader.undraw()
         if epoch.one_shot:
             self._pushed_back = epoch.pipeline.leftovers()
-            self._behind = epoch.pipeline.behind(self._pushed_back)
+            self._behind = epoch.pipeline.reader.position
 
 
 class Epoch:
@@ -228,23 +219,23 @@ class Epoch:
         except StateError:
             raise
         except BaseException:
-            self.pipeline.position = skip.behind  # a one-shot loader goes on from there
+            self.pipeline.reader.position = skip.behind  # a one-shot loader goes on from there
             shared.resume_again(skip.progress)
             raise
 
     def took(self, item: Item) -> None:
         """Note that a client was handed ``item``."""
-        position = self.pipeline.position_of(item.number)
+        position = self.pipeline.reader.position_of(item.number)
         with self._progress_lock:
             now = self.progress._replace(consumed=self.progress.consumed + 1, ignored=self.pipeline.ignored)
             if position > now.position:  # another client may have noted a later one already
-                now = now._replace(position=position, snapshot=item.snapshot)
+                now = now._replace(position=position, snapshot=item.read.snapshot)
             self._shared.progressed(self, now)
 
     def ended(self) -> None:
         """Note that a client was told of the end."""
         with self._progress_lock:
-            snapshot = self.pipeline.last or self.progress.snapshot
+            snapshot = self.pipeline.reader.last or self.progress.snapshot
             self._shared.progressed(self, self.progress._replace(ended=True, snapshot=snapshot))
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torchstage._channel import Channel
 from torchstage.errors import (
@@ -52,87 +52,66 @@ from torchstage.errors import (
 )
 from torchstage.loaders._crew import Crew
 from torchstage.loaders._feed import Feed, bytes_of
-from torchstage.loaders._resume import Keeper, Snapshot
-from torchstage.loaders._source import Batch, Source
+from torchstage.loaders._reader import Read, Reader
+from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Bound, Stager
-from torchstage.loaders._streams import Generators, ReadOrder, States
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 
-T = TypeVar("T")
-
-
-class Read(NamedTuple):
-    """A read of the user's loader: the batch, or an exception of an ignored type."""
-
-    number: int
-    outcome: Batch | BaseException
-    snapshot: Snapshot | None
-    drawn: States
-    seconds: float
-
 
 class Item(NamedTuple):
-    """What waits in the buffer: a batch, with its ticket if there is one, or an exception of an ignored type."""
+    """What waits in the buffer: a read, with its batch's ticket if there is one.
 
-    number: int
+    Attributes:
+        read: the read of the user's loader.
+        outcome: its batch, or an exception of an ignored type, of the loader or the stage.
+        bound: the batch with its ticket.
+        what: what was ignored, for a warning.
+    """
+
+    read: Read
     outcome: Batch | BaseException
-    bound: Bound | None
-    snapshot: Snapshot | None
-    drawn: States
+    bound: Bound | None = None
     what: str = ""
+
+    @property
+    def number(self) -> int:
+        """Which read it is."""
+        return self.read.number
 
 
 class Pipeline:
     """See the module's contract.
 
     Args:
-        source: the pass over the user's loader.
+        reader: the pass over the user's loader.
         stager: what to do to each batch; None to hand it on as it is.
         options: capacity, threads, timeout, exception types.
         recorder: where figures and warnings go.
         tuner: chooses capacity and threads where the options leave them open; None if they do not.
-        order: whether batches may be read ahead.
-        keeper: takes the states of the user's loader.
-        generators: those that the user's loader was given.
-        position: reads of the user's loader before the first that this pipeline makes.
-        ignored: how many of them an ignored exception has skipped.
+        ignored: how many batches of this pass an ignored exception has skipped already.
     """
 
     def __init__(
         self,
-        source: Source,
+        reader: Reader,
         stager: Stager | None,
         options: SmartStageOptions,
         recorder: Recorder,
         tuner: Tuner | None = None,
-        order: ReadOrder | None = None,
-        keeper: Keeper | None = None,
-        generators: Generators | None = None,
-        position: int = 0,
         ignored: int = 0,
     ) -> None:
-        self.source = source
-        self.position = position
-        self.ignored = ignored
-        self.last: Snapshot | None = None
-        self._order = ReadOrder((), keep=False) if order is None else order
-        self._keeper = Keeper(None) if keeper is None else keeper
-        self._generators = Generators(None) if generators is None else generators
-        self._drawn_by_reads = self._drawn_by_taken = self._generators.now()
-        self._in_step = False
+        self.reader = reader
         self.options = options
         self.recorder = recorder
         self.stager = stager
-        self._tuner = tuner
+        self.ignored = ignored
         self.crew = Crew(recorder.name, options.num_threads if tuner is None else tuner.feed.num_threads)
         self.channel: Channel[Item] = Channel(options.capacity if tuner is None else tuner.feed.capacity)
-        self._reading = threading.Lock()
+        self._tuner = tuner
+        self._in_step = False
         self._taking = threading.Lock()
-        self._next_index = 0
-        self._ended = False
-        self._in_hand: dict[int, Any] = {}
         self._worker = threading.local()
         self._holding_back = options.num_clients == 1
 
@@ -142,12 +121,12 @@ class Pipeline:
         The first read draws from the random streams of the training loop (a sampler's seed), so it must happen where
         and when the plain loop does it.
         """
-        self._order.begin()
+        self.reader.order.begin()
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
         self._tell_tuner(Tuner.begin)
-        self._in_step = not self._order.ahead
+        self._in_step = not self.reader.order.ahead
         if not self._in_step:
             self._go_ahead()
 
@@ -171,14 +150,12 @@ class Pipeline:
 
     def _first(self) -> Batch | None:
         while True:
-            outcome = self._watched(self.source.peek)
+            outcome = self.reader.first()
             if isinstance(outcome, Batch):
                 return outcome
-            if not self._is_ignored(outcome) or self._ignored_too_many():
+            if not self.reader.is_ignored(outcome) or self._ignored_too_many():
                 return None  # it is read again and sent on
-            self.source.skip()
-            self.channel.skip(self._next_index)
-            self._next_index += 1
+            self.channel.skip(self.reader.skip_first())
             self._ignore(outcome, f"the loader raised {outcome!r}")
 
     def take(self) -> Item:
@@ -210,15 +187,12 @@ class Pipeline:
         """Take the next item that is a batch; what was ignored before it is counted now, in its order."""
         while True:
             item = self._take_any()
-            self._in_hand.pop(item.number, None)
-            self._drawn_by_taken = item.drawn
+            self.reader.taken(item.number, item.read.drawn)
             if isinstance(item.outcome, Batch):
                 return item
             if self._ignored_too_many():
-                most = self.options.max_ignored
-                add_note(
-                    item.outcome, f"{self.ignored} batches of this pass were ignored before it: max_ignored is {most}"
-                )
+                told = f"{self.ignored} batches of this pass were ignored before it"
+                add_note(item.outcome, f"{told}: max_ignored is {self.options.max_ignored}")
                 self._end(item.number + 1)
                 raise item.outcome
             self._ignore(item.outcome, item.what)
@@ -228,83 +202,37 @@ class Pipeline:
             return self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._holding_back)
         except ChannelCancelled:
             raise
-        except Exception:  # the end or an error, which the plain loop comes to by a read too
-            self._drawn_by_taken = self._drawn_by_reads
+        except BaseException as error:
+            self.reader.stopped_by(error)
             raise
 
     def _take_in_step(self) -> Item:
         """Read a batch on the calling thread, and start the workers once it is known that they may read ahead."""
+        order = self.reader.order
         with self._taking:
             if not self._in_step:
                 return self.channel.take(keep_slot=self._holding_back)
-            got = self._watched(self.read)
+            got = None if self.channel.cancelled else self.reader.read_in_step()
             item = None if got is None else self._stage(got)
             if item is None or self.channel.cancelled:
                 return self.channel.take()  # its error, or the end
             self.channel.skip(item.number)
-            if self._order.ahead:
+            if order.ahead:
                 self._in_step = False
                 self._go_ahead()
-            elif self._order.ahead is False:
-                self.recorder.warn_once("draws", RandomStreamWarning, self._order.sentence())
+            elif order.ahead is False:
+                self.recorder.warn_once("draws", RandomStreamWarning, order.sentence())
             return item
-
-    def _watched(self, read: Callable[[], T]) -> T:
-        """Make a read on the calling thread; see what it draws, if it is one of the user's loader."""
-        return read() if self.source.unread() else self._order.see(read)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop all workers; wait at most ``timeout`` seconds for them."""
         self.channel.cancel()
         self.crew.stop(timeout)
 
-    def undraw(self) -> None:
-        """Put the loader's generators back to where the last batch that was taken left them. Call it after `stop`.
-
-        A plain loop that breaks off has not read further; what somebody else drew since stays drawn.
-        """
-        if self._generators.now() == self._drawn_by_reads and self._drawn_by_taken != self._drawn_by_reads:
-            self._generators.restore(self._drawn_by_taken)
-
     def leftovers(self) -> list[Any]:
         """Return batches and errors that were read and not taken, in order. Call it once, after `stop`."""
-        waiting, self._in_hand = self._in_hand, {}
-        errors = {i: x for i, x in self.channel.drain() if isinstance(x, BaseException)}
-        waiting.update(errors)
-        return [waiting[index] for index in sorted(waiting)] + self.source.unread()
-
-    def read(self) -> Read | None:
-        """Make the next read for the calling worker. None at the end."""
-        with self._reading:
-            if self._ended or self.channel.cancelled:
-                return None
-            started, index = time.perf_counter(), self._next_index
-            outcome: Batch | BaseException
-            try:
-                outcome = self.source.next()
-            except BaseException as error:  # noqa: BLE001 - it is raised to the client
-                self._drawn_by_reads = self._generators.now()
-                if not self._is_ignored(error):
-                    self._read_failed(index, error)
-                    return None
-                outcome = error
-            self._drawn_by_reads = drawn = self._generators.now()
-            self._next_index += 1
-            self._in_hand[index] = outcome
-            snapshot = self._keeper.after(self.position_of(index))
-            return Read(index, outcome, snapshot, drawn, time.perf_counter() - started)
-
-    def behind(self, leftovers: list[Any]) -> int:
-        """Return how many reads of the user's loader are behind this pipeline, if what it left over is read again."""
-        return self.position + self._next_index - len(leftovers) + len(self.source.unread())
-
-    def position_of(self, index: int) -> int:
-        """Return how many reads of the user's loader are behind the one of this index."""
-        return self.position + index + 1
-
-    def _is_ignored(self, error: BaseException) -> bool:
-        ends = isinstance(error, (StopIteration, *self.options.closed_exception_types))
-        return isinstance(error, self.options.ignored_exception_types) and not ends
+        self.channel.drain()
+        return self.reader.leftovers()
 
     def _ignored_too_many(self) -> bool:
         most = self.options.max_ignored
@@ -313,16 +241,7 @@ class Pipeline:
     def _ignore(self, error: BaseException, what: str) -> None:
         self.ignored += 1
         error.__traceback__ = None  # nobody will see it, and its frames may hold the client's iterator in a cycle
-        self.dropped(type(error).__name__, what)
-
-    def _read_failed(self, index: int, error: BaseException) -> None:
-        if isinstance(error, (StopIteration, *self.options.closed_exception_types)):
-            self.last = self._keeper.after(self.position + index, must=True)
-            self._end(index)
-        else:
-            self._next_index += 1
-            add_note(error, f"raised by the loader for batch {index}, on a torchstage thread")
-            self._fail(index, error)
+        self._drop(type(error).__name__, what)
 
     def process(self, got: Read) -> None:
         """Stage one batch and put it in the buffer.
@@ -337,27 +256,32 @@ class Pipeline:
             self._tell_tuner(self._tune)
 
     def _stage(self, got: Read) -> Item | None:
-        """Stage one batch; None if it failed, which ends the epoch at this batch."""
-        index, batch = got.number, got.outcome
+        """Stage one batch; None if it is the end or an error, after which there is no other."""
+        batch = got.outcome
         if isinstance(batch, BaseException):
-            return Item(index, batch, None, got.snapshot, got.drawn, f"the loader raised {batch!r}")
+            return self._failed(got, batch, f"the loader raised {batch!r}")
         started = time.perf_counter()
         try:
             bound = self.stager.stage(batch) if self.stager is not None else None
         except BaseException as error:  # noqa: BLE001 - it is raised to the client
-            if self._is_ignored(error):
-                return Item(index, error, None, got.snapshot, got.drawn, f"staging batch {index} raised {error!r}")
-            self._in_hand.pop(index, None)
-            if isinstance(error, self.options.closed_exception_types):
-                self._end(index)
-            else:
-                add_note(error, f"raised while staging batch {index}, on a torchstage thread")
-                self._fail(index, error)
-            return None
+            if not self.reader.is_ignored(error) and not self.reader.is_end(error):
+                add_note(error, f"raised while staging batch {got.number}, on a torchstage thread")
+            return self._failed(got, error, f"staging batch {got.number} raised {error!r}")
         seconds = time.perf_counter() - started
         self.recorder.staged(got.seconds, None if bound is None else seconds)
         self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, got.seconds, seconds)))
-        return Item(index, batch, bound, got.snapshot, got.drawn)
+        return Item(got, batch, bound)
+
+    def _failed(self, got: Read, error: BaseException, what: str) -> Item | None:
+        """Send on an exception that is ignored, to be counted in its order; any other ends the pass."""
+        if self.reader.is_ignored(error):
+            return Item(got, error, what=what)
+        if self.reader.is_end(error):
+            self.reader.dropped(got.number)
+            self._end(got.number)
+        else:
+            self._fail(got.number, error)
+        return None
 
     def _costs_of(
         self, batch: Batch, bound: Bound | None, read: float, stage: float
@@ -402,13 +326,13 @@ class Pipeline:
                 self._fail(index, PutTimeoutError(f"{late}: the training loop took no batch. {way_out}"))
                 return
             if self.options.on_timeout == "drop":
-                self._in_hand.pop(index, None)
+                self.reader.dropped(index)
                 self.channel.skip(index)
-                self.dropped("timeout", f'{late}; on_timeout="wait" keeps such batches')
+                self._drop("timeout", f'{late}; on_timeout="wait" keeps such batches')
                 return
             self.recorder.warn_once("waits", DroppedBatchWarning, f'{late}; it waits on, as on_timeout="wait" says')
 
-    def dropped(self, reason: str, what: str) -> None:
+    def _drop(self, reason: str, what: str) -> None:
         """Count a batch that is dropped on purpose, and warn the first time."""
         self.recorder.drop(reason)
         self.recorder.warn_once(f"drop {reason}", DroppedBatchWarning, f"a batch was dropped: {what}")
@@ -419,13 +343,12 @@ class Pipeline:
         self._fail(index, error)
 
     def _fail(self, index: int, error: BaseException) -> None:
-        self._in_hand.pop(index, None)
-        self._ended = True
+        self.reader.failed(index, error)
         self.channel.fail(index, error)
         self.channel.close(index + 1)
 
     def _end(self, index: int) -> None:
-        self._ended = True
+        self.reader.end()
         self.channel.close(index)
 
 
@@ -433,7 +356,7 @@ def _work(pipeline: Pipeline, number: int) -> None:
     """Read and stage until the end, an error, a stop or a resize that needs no such worker. The body of a thread."""
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
-        while pipeline.crew.stays(number) and (got := pipeline.read()) is not None:
+        while pipeline.crew.stays(number) and (got := pipeline.reader.read()) is not None:
             try:
                 pipeline.process(got)
             except (ChannelCancelled, ChannelClosed):

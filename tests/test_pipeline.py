@@ -15,13 +15,14 @@ from tests.support import Scale, numbers
 from torchstage import SmartStageOptions, StagedDataLoader, smart_stage
 from torchstage.errors import ChannelCancelled, ChannelClosed, DroppedBatchWarning, PutTimeoutError, TorchstageWarning
 from torchstage.loaders._pipeline import Pipeline
+from torchstage.loaders._reader import Reader
 from torchstage.loaders._source import Batch, Source
 from torchstage.stats import Recorder
 
 
 def pipeline_of(batches: Iterator[Any], **options: Any) -> Pipeline:
-    source = Source(batches, window=4, pushed_back=[])
-    return Pipeline(source, None, SmartStageOptions(**options), Recorder("test"))
+    chosen = SmartStageOptions(**options)
+    return Pipeline(Reader(Source(batches, window=4, pushed_back=[]), chosen), None, chosen, Recorder("test"))
 
 
 def values(loader: StagedDataLoader) -> list[int]:
@@ -69,8 +70,9 @@ def test_1_order_is_kept_when_later_batches_are_staged_first() -> None:
         def at_work(self) -> contextlib.nullcontext[None]:
             return contextlib.nullcontext()
 
-    source = Source(iter(numbers(4)), window=8, pushed_back=[])
-    pipeline = Pipeline(source, Slow(), SmartStageOptions(num_threads=4, capacity=4), Recorder("test"))  # type: ignore[arg-type]
+    options = SmartStageOptions(num_threads=4, capacity=4)
+    reader = Reader(Source(iter(numbers(4)), window=8, pushed_back=[]), options)
+    pipeline = Pipeline(reader, Slow(), options, Recorder("test"))  # type: ignore[arg-type]
     pipeline.start()
     assert [pipeline.take().number for _ in range(4)] == [0, 1, 2, 3]
     pipeline.stop()

@@ -513,6 +513,41 @@ def test_a_state_some_batches_old_and_the_reads_since_are_exact(monkeypatch: pyt
     assert taken + [float(x[0]) for x in resumed] == [101, 102, 103, 104, 105, 106]
 
 
+@pytest.mark.parametrize("at", [1, 3, BATCHES + 1])
+def test_an_error_of_the_loaders_state_dict_arrives_in_the_loop(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Keeper.__init__, "__defaults__", (1e9, lambda: 0.0))  # a state after each read
+
+    class Broken(Stateful):
+        calls = 0
+
+        def state_dict(self) -> dict[str, int]:
+            self.calls += 1
+            if self.calls == at:
+                raise OSError("no state")
+            return super().state_dict()
+
+    taken = []
+    with pytest.raises(OSError, match="no state"):
+        for x in StagedDataLoader(Broken(), capacity=3):
+            taken.append(x)
+    assert len(taken) <= at - 1
+
+
+def test_persistent_workers_are_not_read_by_two_passes_at_once() -> None:
+    def order(loader: Any) -> list[float]:
+        torch.manual_seed(0)
+        first = iter(loader)
+        found = [float(next(first)[0])]
+        for _ in range(2):
+            found += [float(x[0]) for x in loader]  # resets the iterator that ``first`` is, or was read from
+        return found
+
+    def make() -> Any:
+        return DataLoader(Numbers(), batch_size=BATCH, shuffle=True, num_workers=1, persistent_workers=True)
+
+    assert order(make()) == order(StagedDataLoader(make(), capacity=3, num_threads=2))
+
+
 def test_the_data_of_the_tests_is_shuffled() -> None:
     assert click_data() is not None
     assert not torch.equal(plain_run(LOADERS["shuffled"])[0], plain_run(LOADERS["DataLoader"])[0])

@@ -242,7 +242,7 @@ def test_breaking_off_leaves_the_samplers_generator_as_the_plain_loop_does(stop_
         for _ in range(3):
             iterator = iter(loader)
             for i, x in enumerate(iterator):
-                while stage and capacity == 8 and not iterator._epoch.pipeline._ended:
+                while stage and capacity == 8 and not iterator._epoch.pipeline.reader._ended:
                     time.sleep(0.001)  # until all is read
                 found.append(int(x[0]))
                 if i == stop_at:
