@@ -1,6 +1,7 @@
 """`StagedDataLoader`: the user's loader, read ahead and staged in the background."""
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -107,7 +108,8 @@ class StagedDataLoader:
     @property
     def plan(self) -> Plan | None:
         """The plan in force, what is lifted and why; None before the first batch was read or without a model."""
-        return self._shared.stager.plan if self._shared.stager is not None else None
+        plan = self._shared.stager.plan if self._shared.stager is not None else None
+        return plan if plan is None else dataclasses.replace(plan, unread=self._shared.order.sentence())
 
     def __iter__(self) -> Iterator[Any]:
         return iter(()) if only_looks() else StagedIterator(self, self._shared.join())

@@ -144,7 +144,9 @@ class ReadOrder:
                 self.ahead, self.drawn = False, drawn
 
     def sentence(self) -> str:
-        """Why the loader is not read ahead, and what would help."""
+        """Why the loader is not read ahead, and what would help; empty if it is, or is not known not to be."""
+        if self.ahead is not False:
+            return ""
         names = {"torch": "torch", "numpy": "NumPy", "random": "Python's random"}
         streams = " and ".join(names[name] for name in self.drawn)
         return (

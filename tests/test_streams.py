@@ -1,6 +1,7 @@
 """Random streams: the numbers of the plain loop, whoever draws, and a loader that draws for each batch is not read ahead."""
 
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ def test_a_data_set_that_draws_from_a_global_stream_gives_the_plain_numbers_and_
         plain, staged, loader = both(lambda: DataLoader(Noisy(stream), batch_size=4, shuffle=True))
     assert_same(plain, staged)
     assert loader.stats.batches == loader.stats.staged_steps == 12
+    assert re.search(f"not read ahead: .*{match}", str(loader.plan))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

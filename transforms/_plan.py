@@ -163,6 +163,7 @@ class Plan:
         planner: the rule that decided: ``"max"`` lifts the largest set, ``"cost"`` the one with the shortest step.
         predicted: the time of a step by the measured costs; None before they are known.
         measured: the time of a step as it was seen; None where the two stages were not tried against each other.
+        unread: why no batch is read ahead of its step, and what would help; empty where batches are read ahead.
     """
 
     model: str
@@ -178,6 +179,7 @@ class Plan:
     planner: str = "max"
     predicted: StepTimes | None = None
     measured: StepTimes | None = None
+    unread: str = ""
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -214,6 +216,7 @@ class Plan:
             f"plan of {self.model} ({mode}): {len(self.lifted)} of {len(self.nodes)} operations run ahead in the stage"
         )
         lines = [head]
+        lines += [f"  not read ahead: {self.unread}"] if self.unread else []
         lines += [f"  {self.way()}"] if self.obstacle else []
         if self.why_empty():
             lines += [f"  nothing is staged: {self.why_empty()}", *self.timing()]
