@@ -1,0 +1,1 @@
+"""What loaders do when something goes wrong, measured; see ``__main__``."""
