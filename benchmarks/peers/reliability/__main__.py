@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers.reliability                                # all; some ten minutes
     python -m benchmarks.peers.reliability --only torchstage --cases fork --print
+    python -m benchmarks.peers.reliability --only none                    # the page again, of what was kept
 
 Each case runs in a process of its own, which is ended after 20 seconds. A verdict is made of what that process noted: the
 batches that arrived, the exception, the threads that are left, its exit code and its time. What was seen is kept in
@@ -11,11 +12,10 @@ batches that arrived, the exception, the threads that are left, its exit code an
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from . import page
 from .runner import CASES, case_of, measure, serve
-from .subjects import SUBJECTS
+from .subjects import SUBJECTS, Subject
 
 _ROOT = Path(__file__).parents[3]
 PAGE = _ROOT / "docs" / "reliability.md"
@@ -29,29 +29,31 @@ def main() -> None:
         "--cases", nargs="*", default=[case.key for case in CASES], metavar="CASE", help="keys of cases"
     )
     parser.add_argument("--print", action="store_true", help="print the verdicts, and write nothing")
-    parser.add_argument("--serve", nargs="+", metavar="SUBJECT CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve[0], arguments.serve[1:])
+        serve(arguments.serve)
         return
-    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = page.load(KEPT)
     for subject in SUBJECTS:
-        if arguments.only not in subject.name:
-            continue
-        if subject.version is None:
-            kept[subject.name] = None
-            print(f"{subject.name}: not installed")
-            continue
-        found = kept.get(subject.name) or {}
-        for key, seen in measure(subject.name, arguments.cases):
-            found[key] = seen
-            print(f"{subject.name:28} {key:20} {case_of(key).verdict(seen)}", flush=True)
-        kept[subject.name] = found
-    if arguments.print:
-        return
-    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    versions = {subject.name: subject.version for subject in SUBJECTS}
-    page.write(PAGE, page.section(CASES, SUBJECTS, kept, versions))
+        if arguments.only in subject.name:
+            kept["machine"] = page.machine()
+            kept["subjects"][subject.name] = _measured(subject, arguments.cases, kept["subjects"].get(subject.name))
+    if not arguments.print:
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        page.write(PAGE, page.section(CASES, SUBJECTS, kept))
+
+
+def _measured(subject: Subject, keys: list[str], before: page.Result | None) -> page.Result | None:
+    """Return what was seen of a subject, now in some cases and before in the others; None if it is not installed."""
+    if subject.version is None:
+        print(f"{subject.name}: not installed")
+        return None
+    seen = before["seen"] if before is not None and before["version"] == subject.version else {}
+    for _, key, found in measure([(subject.name, key) for key in keys]):
+        seen[key] = found
+        print(f"{subject.name:28} {key:20} {case_of(key).verdict(found)}", flush=True)
+    return {"version": subject.version, "seen": seen}
 
 
 if __name__ == "__main__":

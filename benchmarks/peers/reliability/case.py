@@ -67,6 +67,7 @@ class Case:
         run: brings the fault about, in a process and with a folder of its own, and notes what is seen.
         judge: the verdict on what was noted.
         deadline: seconds after which the process is ended: it hangs.
+        repeats: how often it is run, if it goes well: what goes wrong by chance only is wrong.
     """
 
     key: str
@@ -75,12 +76,16 @@ class Case:
     run: Callable[[Subject, Path, Notes], None]
     judge: Callable[[Seen], Verdict]
     deadline: float = 20.0
+    repeats: int = 1
 
     def verdict(self, seen: Seen) -> Verdict:
         """Return the verdict; what no case can be judged on is the same for all."""
         if "not offered" in seen:
             return Verdict(None, "not offered")
-        return self.judge(seen)
+        verdict = self.judge(seen)
+        if verdict.good is False and self.repeats > 1:
+            return Verdict(False, f"run {seen['run']} of {self.repeats}: {verdict.text}")
+        return verdict
 
 
 def value_of(subject: Subject, batch: torch.Tensor) -> int:
@@ -144,19 +149,23 @@ def judge_left(seen: Seen) -> Verdict:
     """Judge what is left after a loop has ended."""
     if bad := stopped_short(seen, "threads"):
         return bad
-    left = [f"{count(seen[kind], kind)}" for kind in ("threads", "processes") if seen[kind]]
+    left = [count(seen[kind], kind) for kind in ("threads", "processes") if seen[kind]]
     return Verdict(False, "leaves " + " and ".join(left)) if left else Verdict(True, "nothing is left")
 
 
 def count(things: list[Any], kind: str) -> str:
-    """Return "1 thread", "2 threads"."""
-    return f"{len(things)} {kind if len(things) != 1 else kind.removesuffix('es' if kind == 'processes' else 's')}"
+    """Return "1 thread" with its name, or "2 threads"."""
+    if len(things) != 1:
+        return f"{len(things)} {kind}"
+    return f"1 {kind.removesuffix('es' if kind == 'processes' else 's')}, {things[0]}"
 
 
 def stopped_short(seen: Seen, fact: str) -> Verdict | None:
     """Return the verdict on a case that did not come to note ``fact``."""
     if fact in seen:
         return None
+    if "crashed" in seen:
+        return Verdict(False, f"raises {seen['crashed']['type']}: {last_line(seen['crashed']['text'])}")
     if seen["hung"]:
         return Verdict(False, "hangs")
     return Verdict(False, f"the process ends with code {seen['rc']}: {last_line(seen['stderr'])}")

@@ -39,9 +39,9 @@ def judge_place(seen: Seen) -> Verdict | None:
         wrong = compared(values, list(range(COUNT)))
         return Verdict(False, f"no exception, {wrong}" if wrong else "no exception")
     if values != BEFORE:
-        return Verdict(
-            False, f"{seen['error']['type']} after {listed(values) or 'nothing'} ({compared(values, BEFORE)})"
-        )
+        early = values == BEFORE[: len(values)]
+        how = f"too early, after {listed(values) or 'nothing'}" if early else compared(values, BEFORE)
+        return Verdict(False, f"{seen['error']['type']} {how}")
     return None
 
 
@@ -59,8 +59,8 @@ def judge_type(own: str, seen: Seen) -> Verdict:
 
 def judge_traceback(seen: Seen) -> Verdict:
     """Judge whether one can see where in the data set it was raised."""
-    if bad := judge_place(seen):
-        return bad
+    if "error" not in seen:
+        return judge_place(seen) or Verdict(False, "no exception")
     error = seen["error"]
     if "read_item" in error["frames"]:
         return Verdict(True, "its frames")
@@ -70,8 +70,8 @@ def judge_traceback(seen: Seen) -> Verdict:
 
 def judge_number(seen: Seen) -> Verdict:
     """Judge whether it says which batch it was."""
-    if bad := judge_place(seen):
-        return bad
+    if "error" not in seen:
+        return judge_place(seen) or Verdict(False, "no exception")
     error = seen["error"]
     told = " ".join([error["text"], *error["notes"], *(text for _, text in error["chain"])])
     found = re.search(rf"(batch|index|item|sample|step|position|element)\D{{0,12}}{BAD}\b", told, re.IGNORECASE)
@@ -97,7 +97,8 @@ def judge_next(seen: Seen) -> Verdict:
         return bad
     found = seen["next"]
     if isinstance(found, int):
-        return Verdict(found == BAD + 1, f"goes on with batch {found}")
+        due = next(i for i in range(COUNT) if i != BAD and i not in seen["values"])
+        return Verdict(found == due, f"goes on with batch {found}")
     return Verdict(True, "has ended" if found["type"] == "StopIteration" else f"{found['type']}")
 
 
@@ -130,8 +131,8 @@ def _by_default(subject: Subject, folder: Path, note: Notes) -> None:
 
 def judge_default(seen: Seen) -> Verdict:
     """Judge whether a failing batch is noticed without asking for it."""
-    if bad := judge_place(seen):
-        return bad
+    if "error" not in seen:
+        return judge_place(seen) or Verdict(False, "no exception")
     return Verdict(True, "raised")
 
 

@@ -1,10 +1,11 @@
 """The page: a table for each group of cases, written between two marked lines of ``docs/reliability.md``."""
 
 import datetime
+import json
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -15,43 +16,53 @@ BEGIN = "<!-- measured: written by python -m benchmarks.peers.reliability -->"
 END = "<!-- end of what was measured -->"
 MISSING = Verdict(None, "not installed")
 
-Results = Mapping[str, Mapping[str, Seen] | None]
-"""By subject and case; None for a subject that is not installed."""
+
+class Result(TypedDict):
+    """What is kept of a subject: its version, and what was seen in each case."""
+
+    version: str
+    seen: dict[str, Seen]
+
+
+class Results(TypedDict):
+    """What is kept of a run; None stands for a subject that was not installed."""
+
+    machine: str
+    subjects: dict[str, Result | None]
+
+
+def load(path: Path) -> Results:
+    """Return what is kept in a file, or nothing."""
+    found: Results = json.loads(path.read_text()) if path.exists() else {"machine": "", "subjects": {}}
+    return found
+
+
+def machine() -> str:
+    """Return the day, the machine and the versions that all subjects share."""
+    when = datetime.datetime.now(datetime.timezone.utc).date()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{when}, {os.cpu_count()} shared cores, {platform.system()}, {versions}"
 
 
 def verdict_of(case: Case, subject: str, results: Results) -> Verdict:
     """Return the cell of a case and a subject."""
-    found = results.get(subject)
-    return MISSING if found is None else case.verdict(found[case.key])
+    found = results["subjects"].get(subject)
+    return MISSING if found is None else case.verdict(found["seen"][case.key])
 
 
-def section(cases: list[Case], subjects: list[Subject], results: Results, versions: Mapping[str, str | None]) -> str:
+def section(cases: list[Case], subjects: list[Subject], results: Results) -> str:
     """Return all that stands between the marked lines."""
-    when = datetime.datetime.now(datetime.timezone.utc).date()
-    machine = f"{os.cpu_count()} shared cores, {platform.system()}, Python {platform.python_version()}"
-    lines = [f"{when}, {machine}, torch {torch.__version__}. Command: `python -m benchmarks.peers.reliability`.", ""]
-    lines += _summary(cases, subjects, results, versions)
-    for group in dict.fromkeys(case.group for case in cases):
-        lines += ["", f"### {group}", "", *_table([case for case in cases if case.group == group], subjects, results)]
-    lines += ["", "### How each is set up", ""]
-    lines += [
-        f"- **{subject.name}** ({versions[subject.name] or 'not installed'}): {subject.setup}." for subject in subjects
-    ]
-    return "\n".join(lines)
-
-
-def _summary(
-    cases: list[Case], subjects: list[Subject], results: Results, versions: Mapping[str, str | None]
-) -> list[str]:
-    lines = ["| | version | yes | **no** | does not arise |", "|---|---|---:|---:|---:|"]
+    versions = {name: found and found["version"] for name, found in results["subjects"].items()}
+    lines = [f"Measured: {results['machine']}. Command: `python -m benchmarks.peers.reliability`.", ""]
+    lines += ["| | version | yes | **no** | - |", "|---|---|---:|---:|---:|"]
     for subject in subjects:
         goods = [verdict_of(case, subject.name, results).good for case in cases]
         counts = " | ".join(str(goods.count(good)) for good in (True, False, None))
-        version = versions[subject.name]
-        lines.append(
-            f"| {subject.name} | {version} | {counts} |" if version else f"| {subject.name} | not installed | | | |"
-        )
-    return lines
+        lines.append(f"| {subject.name} | {versions.get(subject.name) or 'not installed'} | {counts} |")
+    for group in dict.fromkeys(case.group for case in cases):
+        lines += ["", f"### {group}", "", *_table([case for case in cases if case.group == group], subjects, results)]
+    lines += ["", "### How each is set up", "", *(f"- **{subject.name}**: {subject.setup}." for subject in subjects)]
+    return "\n".join(lines)
 
 
 def _table(cases: list[Case], subjects: list[Subject], results: Results) -> list[str]:

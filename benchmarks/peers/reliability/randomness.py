@@ -1,6 +1,6 @@
 """Reproducibility: order, and random numbers that the data set and the step draw from one stream."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from .case import Case, Notes, Seen, Verdict, compared, stopped_short, value_of
 from .subjects import Subject
-from .work import COUNT, Work
+from .work import COUNT, Work, pause
 
 GROUP = "Reproducibility"
 
@@ -27,31 +27,22 @@ def judge_order(seen: Seen) -> Verdict:
     return Verdict(False, wrong) if wrong else Verdict(True, "the data set's order")
 
 
-def _draws(subject: Subject, work: Work) -> list[float]:
-    """Return what the data set drew for each batch and what the step drew after it."""
+def _draws(batches: Iterable[torch.Tensor], step: Callable[[torch.Tensor], torch.Tensor], slow: Work) -> list[float]:
+    """Return what the data set drew for each batch, and what a step that takes some time drew after it."""
     torch.manual_seed(5)
-    found: list[float] = []
-    for batch in subject.make(work):
-        found += [float(subject.step(batch)[1]), float(torch.rand(()))]
-    return found
-
-
-def _plain_draws(work: Work, loader: bool) -> list[float]:
-    torch.manual_seed(5)
-    data: Any = work
-    batches: Iterable[torch.Tensor] = (
-        DataLoader(data, batch_size=None) if loader else (data[i] for i in range(len(data)))
-    )
     found: list[float] = []
     for batch in batches:
-        found += [float(batch[1]), float(torch.rand(()))]
+        drawn = float(step(batch)[1])
+        pause(slow, 0)
+        found += [drawn, float(torch.rand(()))]
     return found
 
 
 def _streams(subject: Subject, folder: Path, note: Notes) -> None:
-    work = Work(draws=True)
-    note(plain=[_plain_draws(work, True), _plain_draws(work, False)])
-    note(draws=_draws(subject, work))
+    work: Any = Work(draws=True)
+    over_loader: Iterable[torch.Tensor] = DataLoader(work, batch_size=None)
+    note(plain=[_draws(plain, lambda x: x, work) for plain in (over_loader, (work[i] for i in range(len(work))))])
+    note(draws=_draws(subject.make(work), subject.step, Work(delay=True)))
 
 
 def judge_streams(seen: Seen) -> Verdict:
@@ -60,13 +51,14 @@ def judge_streams(seen: Seen) -> Verdict:
         return bad
     if seen["draws"] in seen["plain"]:
         return Verdict(True, "those of the plain loop")
-    steps = [plain[1::2] == seen["draws"][1::2] for plain in seen["plain"]]
-    return Verdict(False, "the step's as in the plain loop, the data set's others" if any(steps) else "others")
+    if any(plain[1::2] == seen["draws"][1::2] for plain in seen["plain"]):
+        return Verdict(False, "the step's are those of the plain loop, the data set's are others")
+    return Verdict(False, "others")
 
 
 def _repeat(subject: Subject, folder: Path, note: Notes) -> None:
     work = Work(draws=True, delay=True)
-    note(runs=[_draws(subject, work) for _ in range(3)])
+    note(runs=[_draws(subject.make(work), subject.step, work) for _ in range(3)])
 
 
 def judge_repeat(seen: Seen) -> Verdict:

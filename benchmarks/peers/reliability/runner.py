@@ -4,8 +4,10 @@ Forking a process that has imported, and has no thread, spares the seconds that 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from . import faults, randomness, resume, shutdown
-from .case import Case, Notes, Seen
+from . import faults, passes, randomness, resume, shutdown
+from .case import Case, Notes, Seen, facts_of
 from .subjects import Subject, subject_of
 
-CASES: list[Case] = [*faults.CASES, *shutdown.CASES, *resume.CASES, *randomness.CASES]
+CASES: list[Case] = [*faults.CASES, *shutdown.CASES, *passes.CASES, *resume.CASES, *randomness.CASES]
 _ROOT = Path(__file__).parents[3]
 
 
@@ -30,31 +32,56 @@ def case_of(key: str) -> Case:
     return next(case for case in CASES if case.key == key)
 
 
-def measure(subject: str, keys: Sequence[str]) -> Iterator[tuple[str, Seen]]:
-    """Run cases of one subject; yield what was seen of each.
+def measure(plan: Sequence[tuple[str, str]], deadline: float | None = None) -> Iterator[tuple[str, str, Seen]]:
+    """Run cases, each given as the names of a subject and of a case; yield both with what was seen.
+
+    Args:
+        plan: what to run, in one process that forks for each.
+        deadline: for all of them instead of the case's own.
 
     Raises:
         RuntimeError: the process that runs them has failed.
     """
     environment = {**os.environ, "PYTHONPATH": f"{_ROOT / 'benchmarks'}:{_ROOT}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "peers.reliability", "--serve", subject, *keys]
+    command = [sys.executable, "-m", "peers.reliability", "--serve", json.dumps([plan, deadline])]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as server:
             assert server.stdout is not None
             for line in server.stdout:
-                yield from json.loads(line).items()
+                subject, key, seen = json.loads(line)
+                yield subject, key, seen
         if server.returncode:
             errors.seek(0)
-            raise RuntimeError(f"{subject}: {errors.read()[-2000:]}")
+            raise RuntimeError(f"the process that runs the cases failed:\n{errors.read()[-2000:]}")
 
 
-def serve(name: str, keys: Sequence[str]) -> None:
+def serve(request: str) -> None:
     """Run cases in forks of this process; print what was seen of each as a line of JSON."""
     torch.set_num_threads(1)
-    subject = subject_of(name)
-    subject.prepare()
-    for key in keys:
-        print(json.dumps({key: _forked(subject, case_of(key))}), flush=True)
+    plan, deadline = json.loads(request)
+    subjects = {name: subject_of(name) for name, _ in plan}
+    for subject in subjects.values():
+        subject.prepare()
+    for name, key in plan:
+        case = case_of(key)
+        case = case if deadline is None else dataclasses.replace(case, deadline=deadline)
+        told = json.dumps([name, key, _repeated(subjects[name], case)])
+        for pattern in _PLACES:
+            told = re.sub(pattern, "", told)
+        print(told, flush=True)
+
+
+_PLACES = (re.escape(f"{_ROOT}/"), r"/[^\s\"']*/(?:site-packages|lib/python3\.\d+)/", r"0x[0-9a-f]{6,}")
+"""What tells of the machine and not of the loader."""
+
+
+def _repeated(subject: Subject, case: Case) -> Seen:
+    """Run a case as often as it says, or until it goes wrong."""
+    for number in range(case.repeats):
+        seen = _forked(subject, case) | {"run": number + 1}
+        if case.verdict(seen).good is False:
+            break
+    return seen
 
 
 def _forked(subject: Subject, case: Case) -> Seen:
@@ -90,5 +117,10 @@ def _run(subject: Subject, case: Case, folder: Path) -> None:
     output = os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(output, stream)
-    case.run(subject, folder, Notes(folder / "facts.json"))
+    note = Notes(folder / "facts.json")
+    try:
+        case.run(subject, folder, note)
+    except BaseException as error:
+        note(crashed=facts_of(error))
+        raise
     sys.exit(0)

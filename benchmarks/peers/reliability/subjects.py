@@ -103,17 +103,16 @@ class Nodes(Subject):
 
     name = "torchdata.nodes"
     packages = ("torchdata",)
-    modules = ("torchdata.nodes", "torchdata.stateful_dataloader.sampler")
+    modules = ("torchdata.nodes",)
     setup = (
         '`ParallelMapper(SamplerWrapper(sampler), data.__getitem__, 2, method="thread")`, which is the '
         'parallel form of its `MapStyleWrapper`, then `ParallelMapper(..., look_up, 2, method="thread")`, '
-        "`Prefetcher(..., 2)` and `Loader`; shuffled by torchdata's own `RandomSampler`, which has a state"
+        "`Prefetcher(..., 2)` and `Loader`; torch's `RandomSampler` or `SequentialSampler`, as in its migration guide"
     )
 
     def make(self, work: Work) -> Iterable[torch.Tensor]:
         nodes: Any = importlib.import_module("torchdata.nodes")
-        samplers: Any = importlib.import_module("torchdata.stateful_dataloader.sampler")
-        sampler = samplers.RandomSampler(work) if work.shuffle else SequentialSampler(work)
+        sampler: Any = RandomSampler(work) if work.shuffle else SequentialSampler(work)
         read = nodes.ParallelMapper(nodes.SamplerWrapper(sampler), work.__getitem__, 2, method="thread")
         looked_up = nodes.ParallelMapper(read, Transform(work), 2, method="thread")
         loader: Iterable[torch.Tensor] = nodes.Loader(nodes.Prefetcher(looked_up, 2))
