@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 from .case import Case, Notes, Seen, Verdict, compared, facts_of, stopped_short, take, value_of
 from .subjects import Subject
@@ -27,38 +28,56 @@ def _fork(subject: Subject, folder: Path, note: Notes) -> None:
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
-        try:
-            sender.send(value_of(subject, next(iterator)))
-        except BaseException as error:  # noqa: BLE001
-            sender.send(f"{type(error).__name__}: {error}")
-        finally:
-            os._exit(0)
-    try:
-        note(child=receiver.recv() if receiver.poll(FORK_SECONDS) else None)
-    except EOFError:
-        note(child="ended without a word")
+        _read_on(subject, iterator, sender)
+    sender.close()
+    note(child=_told_by(receiver))
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     note(parent=[value_of(subject, batch) for batch in iterator])
 
 
+def _read_on(subject: Subject, iterator: Any, sender: Any) -> NoReturn:
+    """Send what the iterator gives, and how it ends; this is the child."""
+    try:
+        for batch in iterator:
+            sender.send(value_of(subject, batch))
+        sender.send("end")
+    except BaseException as error:  # noqa: BLE001
+        sender.send(type(error).__name__)
+    finally:
+        os._exit(0)
+
+
+def _told_by(receiver: Any) -> Seen:
+    """Return the batches that the child got, and what came instead of the next; None if nothing did."""
+    values: list[int] = []
+    with contextlib.suppress(EOFError):
+        while receiver.poll(FORK_SECONDS):
+            told = receiver.recv()
+            if isinstance(told, str):
+                return {"values": values, "end": told}
+            values.append(told)
+        return {"values": values, "end": None}
+    return {"values": values, "end": "killed"}
+
+
 def judge_fork(seen: Seen) -> Verdict:
     """Judge what a fork of the process, and the process itself, get from the iterator that both have."""
     if bad := stopped_short(seen, "child"):
         return bad
-    child = seen["child"]
-    if child is None:
-        return Verdict(False, "the child hangs")
-    told = (
-        f"the child gets {child.split(':')[0]}" if isinstance(child, str) else f"the child reads on with batch {child}"
-    )
+    values, end = seen["child"]["values"], seen["child"]["end"]
+    rest = list(range(3, COUNT))
+    wrong = compared(values, rest) if end == "end" else ""
+    told = f"the child gets {end}" if end not in ("end", None) else "the child reads on by itself"
+    if end is None:
+        told = f"the child hangs after {len(values)} more" if values else "the child hangs"
     if "parent" not in seen:
         return Verdict(False, f"{told}, the parent " + ("hangs" if seen["hung"] else "fails"))
-    wrong = compared(seen["parent"], list(range(3, COUNT)))
-    if wrong:
-        return Verdict(False, f"{told}, the parent: {wrong}")
-    return Verdict(child == 3 or isinstance(child, str), told)
+    wrong_parent = compared(seen["parent"], rest)
+    if wrong_parent:
+        return Verdict(False, f"{told}, the parent: {wrong_parent}")
+    return Verdict(False, f"the child: {wrong}") if wrong else Verdict(end not in (None, "killed"), told)
 
 
 def _nested(subject: Subject, folder: Path, note: Notes) -> None:
@@ -134,7 +153,7 @@ def judge_passes(seen: Seen) -> Verdict:
 
 
 CASES = [
-    Case("fork", GROUP, "A fork while a pass is under way takes a batch", _fork, judge_fork),
+    Case("fork", GROUP, "A fork while a pass is under way goes on with it", _fork, judge_fork),
     Case("nested", GROUP, "A new pass while an old one is under way", _nested, judge_nested),
     Case("twice", GROUP, "Two passes over one object", _twice, judge_twice),
     Case("passes", GROUP, f"{PASSES} passes of 3 batches", _passes, judge_passes, deadline=150.0),
