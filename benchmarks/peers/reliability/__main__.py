@@ -1,6 +1,6 @@
 """Measures what each loader that is installed does with each fault, and writes the tables of ``docs/reliability.md``.
 
-    python -m benchmarks.peers.reliability                                # all; some ten minutes
+    python -m benchmarks.peers.reliability                                # all; ten minutes
     python -m benchmarks.peers.reliability --only torchstage --cases fork --print
     python -m benchmarks.peers.reliability --only none                    # the page again, of what was kept
 
@@ -10,7 +10,6 @@ batches that arrived, the exception, the threads that are left, its exit code an
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from . import page
@@ -40,7 +39,7 @@ def main() -> None:
             kept["machine"] = page.machine()
             kept["subjects"][subject.name] = _measured(subject, arguments.cases, kept["subjects"].get(subject.name))
     if not arguments.print:
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        page.save(KEPT, kept)
         page.write(PAGE, page.section(CASES, SUBJECTS, kept))
 
 

@@ -37,6 +37,18 @@ def load(path: Path) -> Results:
     return found
 
 
+def save(path: Path, results: Results) -> None:
+    """Keep the results in a file, a line for each case."""
+    lines = []
+    for name, found in results["subjects"].items():
+        cases = [f"{json.dumps(key)}: {json.dumps(seen)}" for key, seen in (found["seen"] if found else {}).items()]
+        inside = ",\n".join(cases)
+        told = f'{{"version": {json.dumps(found["version"])}, "seen": {{\n{inside}\n}}}}' if found else "null"
+        lines.append(f"{json.dumps(name)}: {told}")
+    subjects = ",\n".join(lines)
+    path.write_text(f'{{"machine": {json.dumps(results["machine"])}, "subjects": {{\n{subjects}\n}}}}\n')
+
+
 def machine() -> str:
     """Return the day, the machine and the versions that all subjects share."""
     when = datetime.datetime.now(datetime.timezone.utc).date()

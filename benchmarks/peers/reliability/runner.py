@@ -108,7 +108,7 @@ def _forked(subject: Subject, case: Case) -> Seen:
     if status is None:
         os.waitpid(child, 0)
     facts, stderr = folder / "facts.json", folder / "stderr"
-    seen["stderr"] = stderr.read_text(errors="replace")[-3000:] if stderr.exists() else ""
+    seen["stderr"] = stderr.read_text(errors="replace")[-2000:] if stderr.exists() else ""
     noted: Seen = json.loads(facts.read_text()) if facts.exists() else {}
     shutil.rmtree(folder, ignore_errors=True)
     return noted | seen

@@ -188,7 +188,7 @@ CASES = [
         _interrupted,
         judge_interrupted,
     ),
-    Case("exit", GROUP, "The process ends with work in flight", _exit, judge_exit, repeats=5),
+    Case("exit", GROUP, "The process ends with work in flight", _exit, judge_exit, repeats=20),
     Case(
         "blocked-exit",
         GROUP,
