@@ -107,12 +107,11 @@ def run_until_error(subject: Subject, batches: Iterable[torch.Tensor], note: Not
 
 
 def facts_of(error: BaseException) -> Seen:
-    """Return what a user could learn from an exception."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
+    """Return what a user could learn from an exception, its causes, and those that it is a group of."""
+    chain = [error]
+    for link in chain:  # grows while it is walked
+        inside = [link.__cause__ or link.__context__, *getattr(link, "exceptions", ())]
+        chain += [other for other in inside if other is not None and all(other is not seen for seen in chain)]
     frames = [frame.name for link in chain for frame in traceback.extract_tb(link.__traceback__)]
     return {
         "type": type(error).__name__,

@@ -51,7 +51,8 @@ def judge_type(own: str, seen: Seen) -> Verdict:
         return bad
     error = seen["error"]
     if own not in error["all types"]:
-        return Verdict(False, f"at its place, but as {error['type']}")
+        inside = " with it inside" if own in (kind for kind, _ in error["chain"]) else ""
+        return Verdict(False, f"at its place, but as {error['type']}{inside}")
     if own == "TwoArguments" and error["code"] != 28:
         return Verdict(False, "at its place, own type, its fields lost")
     return Verdict(True, "at its place, own type")
@@ -65,7 +66,9 @@ def judge_traceback(seen: Seen) -> Verdict:
     if "read_item" in error["frames"]:
         return Verdict(True, "its frames")
     told = " ".join([error["text"], *error["notes"], *(text for _, text in error["chain"])])
-    return Verdict(True, "as text in the message") if "read_item" in told else Verdict(False, "does not show the place")
+    if "read_item" in told:
+        return Verdict(True, "as text in the message")
+    return Verdict(False, "only the log shows it" if "read_item" in seen["stderr"] else "does not show the place")
 
 
 def judge_number(seen: Seen) -> Verdict:

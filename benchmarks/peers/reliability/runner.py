@@ -108,7 +108,8 @@ def _forked(subject: Subject, case: Case) -> Seen:
     if status is None:
         os.waitpid(child, 0)
     facts, stderr = folder / "facts.json", folder / "stderr"
-    seen["stderr"] = stderr.read_text(errors="replace")[-2000:] if stderr.exists() else ""
+    told = stderr.read_text(errors="replace") if stderr.exists() else ""
+    seen["stderr"] = told if len(told) < 3000 else f"{told[:1500]}\n...\n{told[-1500:]}"
     noted: Seen = json.loads(facts.read_text()) if facts.exists() else {}
     shutil.rmtree(folder, ignore_errors=True)
     return noted | seen
