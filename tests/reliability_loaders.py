@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peers.reliability.subjects import Subject
+from peers.reliability.subject import Subject
 from peers.reliability.work import Transform, Work
 
 

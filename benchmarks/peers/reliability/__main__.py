@@ -14,7 +14,8 @@ from pathlib import Path
 
 from . import page
 from .runner import CASES, case_of, measure, serve
-from .subjects import SUBJECTS, Subject
+from .subject import Subject
+from .subjects import SUBJECTS
 
 _ROOT = Path(__file__).parents[3]
 PAGE = _ROOT / "docs" / "reliability.md"

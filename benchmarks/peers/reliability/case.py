@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .subjects import Subject
+from .subject import Subject
 from .work import Work
 
 Seen = dict[str, Any]
@@ -110,7 +110,8 @@ def facts_of(error: BaseException) -> Seen:
     """Return what a user could learn from an exception, its causes, and those that it is a group of."""
     chain = [error]
     for link in chain:  # grows while it is walked
-        inside = [link.__cause__ or link.__context__, *getattr(link, "exceptions", ())]
+        told = link.__context__ if link.__cause__ is None and not link.__suppress_context__ else link.__cause__
+        inside = [told, *getattr(link, "exceptions", ())]
         chain += [other for other in inside if other is not None and all(other is not seen for seen in chain)]
     frames = [frame.name for link in chain for frame in traceback.extract_tb(link.__traceback__)]
     return {

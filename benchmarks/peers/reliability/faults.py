@@ -17,7 +17,7 @@ from .case import (
     stopped_short,
     value_of,
 )
-from .subjects import Subject
+from .subject import Subject
 from .work import BAD, COUNT, Work
 
 BEFORE = list(range(BAD))

@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 
 from .case import Case, Seen, Verdict
-from .subjects import Subject
+from .subject import Subject
 
 BEGIN = "<!-- measured: written by python -m benchmarks.peers.reliability -->"
 END = "<!-- end of what was measured -->"

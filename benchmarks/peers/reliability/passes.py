@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .case import Case, Notes, Seen, Verdict, compared, facts_of, stopped_short, take, value_of
-from .subjects import Subject
+from .subject import Subject
 from .work import COUNT, Work
 
 GROUP = "Passes"

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .case import Case, Notes, Seen, Verdict, compared, stopped_short, value_of
-from .subjects import Subject
+from .subject import Subject
 from .work import COUNT, Work, pause
 
 GROUP = "Reproducibility"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .case import Case, Notes, Seen, Verdict, compared, stopped_short, take, value_of
-from .subjects import Subject
+from .subject import Subject
 from .work import COUNT, Work
 
 GROUP = "Resume"

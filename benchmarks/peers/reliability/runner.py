@@ -22,7 +22,8 @@ import torch
 
 from . import faults, passes, randomness, resume, shutdown
 from .case import Case, Notes, Seen, facts_of
-from .subjects import Subject, subject_of
+from .subject import Subject
+from .subjects import subject_of
 
 CASES: list[Case] = [*faults.CASES, *shutdown.CASES, *passes.CASES, *resume.CASES, *randomness.CASES]
 _ROOT = Path(__file__).parents[3]
@@ -68,10 +69,13 @@ def serve(request: str) -> None:
     for name, key in plan:
         case = case_of(key)
         case = case if deadline is None else dataclasses.replace(case, deadline=deadline)
-        told = json.dumps([name, key, _repeated(subjects[name], case)])
-        for pattern in _PLACES:
-            told = re.sub(pattern, "", told)
-        print(told, flush=True)
+        print(_placeless(json.dumps([name, key, _repeated(subjects[name], case)])), flush=True)
+
+
+def _placeless(text: str) -> str:
+    for pattern in _PLACES:
+        text = re.sub(pattern, "", text)
+    return text
 
 
 _PLACES = (re.escape(f"{_ROOT}/"), r"/[^\s\"']*/(?:site-packages|lib/python3\.\d+)/", r"0x[0-9a-f]{6,}")
@@ -108,7 +112,7 @@ def _forked(subject: Subject, case: Case) -> Seen:
     if status is None:
         os.waitpid(child, 0)
     facts, stderr = folder / "facts.json", folder / "stderr"
-    told = stderr.read_text(errors="replace") if stderr.exists() else ""
+    told = _placeless(stderr.read_text(errors="replace")) if stderr.exists() else ""
     seen["stderr"] = told if len(told) < 3000 else f"{told[:1500]}\n...\n{told[-1500:]}"
     noted: Seen = json.loads(facts.read_text()) if facts.exists() else {}
     shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ from .case import (
     take,
     value_of,
 )
-from .subjects import Subject
+from .subject import Subject
 from .work import ENDLESS, Work
 
 GROUP = "Shutdown"

@@ -2,72 +2,15 @@
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from .subject import Subject, data_loader
+from .torchrec_subjects import RecBase, RecThread
 from .work import Lookup, Transform, Work
-
-
-class Subject:
-    """One column: how to make the loader, and how to do with it what its documentation offers.
-
-    Attributes:
-        name: the column's title.
-        packages: what must be installed, by its names in the package index; the first one's version is shown.
-        modules: what to import.
-        setup: how it is set up, for the page.
-    """
-
-    name = ""
-    packages: tuple[str, ...] = ("torch",)
-    modules: tuple[str, ...] = ("torch.utils.data",)
-    setup = ""
-    closes = False
-    """Whether it offers an explicit end; see `close`."""
-    tolerates = False
-    """Whether it offers to go on after a number of failing batches."""
-
-    @property
-    def version(self) -> str | None:
-        """The version of the first package; None if one is missing."""
-        try:
-            versions = [importlib.metadata.version(name) for name in self.packages]
-        except importlib.metadata.PackageNotFoundError:
-            return None
-        return versions[0]
-
-    def prepare(self) -> None:
-        """Import what it needs."""
-        for module in self.modules:
-            importlib.import_module(module)
-
-    def make(self, work: Work) -> Iterable[torch.Tensor]:
-        """Return the loader of ``work``."""
-        raise NotImplementedError
-
-    def step(self, batch: torch.Tensor) -> torch.Tensor:
-        """Run the training step's forward on a batch; most have looked it up by then."""
-        return batch
-
-    def close(self, loader: Any, iterator: Any) -> None:
-        """End the pass that ``iterator`` is in, as one would who needs it to be over."""
-
-    def resumes(self, loader: Any) -> bool:
-        """Whether the loader has a state to save and load."""
-        return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-    def state(self, loader: Any, iterator: Any) -> Any:
-        """Return the state behind the last batch that was taken."""
-        return loader.state_dict()
-
-    def resume(self, work: Work, state: Any) -> Iterator[torch.Tensor]:
-        """Return an iterator of a new loader that goes on at ``state``."""
-        loader: Any = self.make(work)
-        loader.load_state_dict(state)
-        return iter(loader)
 
 
 class Plain(Subject):
@@ -82,7 +25,7 @@ class Plain(Subject):
         )
 
     def make(self, work: Work) -> Iterable[torch.Tensor]:
-        return _data_loader(DataLoader, work, self.num_workers)
+        return data_loader(DataLoader, work, self.num_workers)
 
 
 class Stateful(Subject):
@@ -95,7 +38,7 @@ class Stateful(Subject):
 
     def make(self, work: Work) -> Iterable[torch.Tensor]:
         module: Any = importlib.import_module("torchdata.stateful_dataloader")
-        return _data_loader(module.StatefulDataLoader, work, 2)
+        return data_loader(module.StatefulDataLoader, work, 2)
 
 
 class Nodes(Subject):
@@ -193,93 +136,6 @@ class Grain(Subject):
         return iterator  # type: ignore[no-any-return]
 
 
-class RecThread(Subject):
-    """TorchRec's `DataLoadingThread`."""
-
-    name = "TorchRec DataLoadingThread"
-    closes = True
-    packages = ("torchrec", "fbgemm_gpu_cpu")
-    modules = ("torchrec.distributed.train_pipeline",)
-    setup = (
-        "for each pass `DataLoadingThread(cpu, iter(DataLoader(..., num_workers=0)), "
-        "to_device_non_blocking=True)`, read by `get_next_batch()` until it is None; `stop()` where the "
-        "iterator goes, as its `EvalPipelineSparseDist` does"
-    )
-
-    def make(self, work: Work) -> Iterable[torch.Tensor]:
-        return _Passes(lambda: _RecThreadPass(work))
-
-    def close(self, loader: Any, iterator: Any) -> None:
-        """Stop the thread."""
-        iterator.thread.stop()
-
-
-class _Passes:
-    def __init__(self, begin: Callable[[], Iterator[torch.Tensor]]) -> None:
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self._begin()
-
-
-class _RecThreadPass:
-    def __init__(self, work: Work) -> None:
-        pipelines: Any = importlib.import_module("torchrec.distributed.train_pipeline")
-        batches = iter(_data_loader(DataLoader, work, 0))
-        self.thread = pipelines.DataLoadingThread(torch.device("cpu"), batches, True)
-        self.thread.start()
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        batch: torch.Tensor | None = self.thread.get_next_batch()
-        if batch is None:
-            raise StopIteration
-        return batch
-
-    def __del__(self) -> None:
-        self.thread.stop()
-
-
-class RecBase(Subject):
-    """TorchRec's `TrainPipelineBase`."""
-
-    name = "TorchRec TrainPipelineBase"
-    packages = RecThread.packages
-    modules = RecThread.modules
-    setup = (
-        "`TrainPipelineBase(model, SGD, device=cpu)` over `DataLoader(num_workers=0)`: each step is "
-        "`progress(iterator)`, which reads the next batch in the same thread; the look-up is in the model. A "
-        "new pipeline for each pass"
-    )
-
-    def make(self, work: Work) -> Iterable[torch.Tensor]:
-        return _Passes(lambda: _RecBasePass(work))
-
-
-class _RecBasePass:
-    def __init__(self, work: Work) -> None:
-        pipelines: Any = importlib.import_module("torchrec.distributed.train_pipeline")
-        model = _WithLoss()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        self._pipeline = pipelines.TrainPipelineBase(model, optimizer, torch.device("cpu"))
-        self._batches = iter(_data_loader(DataLoader, work, 0, transform=False))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        output: torch.Tensor = self._pipeline.progress(self._batches)
-        return output.detach()
-
-
-class _WithLoss(Lookup):
-    def forward(self, x: torch.Tensor) -> Any:
-        output = super().forward(x)
-        return output.sum().reshape(1), output
-
-
 class Staged(Subject):
     """torchstage."""
 
@@ -301,7 +157,7 @@ class Staged(Subject):
     def make(self, work: Work) -> Iterable[torch.Tensor]:
         torchstage: Any = importlib.import_module("torchstage")
         ignored = {"ignored_exception_types": (ValueError,), "max_ignored": work.tolerate} if work.tolerate else {}
-        plain = _data_loader(DataLoader, work, 0, transform=False)
+        plain = data_loader(DataLoader, work, 0, transform=False)
         made = torchstage.smart_stage(Lookup(), plain, num_threads=self.num_threads, capacity=4, **ignored)
         self._model, loader = made
         return loader  # type: ignore[no-any-return]
@@ -314,18 +170,6 @@ class Staged(Subject):
     def close(self, loader: Any, iterator: Any) -> None:
         """Close the loader."""
         loader.close()
-
-
-def _data_loader(kind: Any, work: Work, num_workers: int, transform: bool = True) -> Iterable[torch.Tensor]:
-    collate = Transform(work) if transform else _as_it_is
-    loader: Iterable[torch.Tensor] = kind(
-        work, batch_size=None, shuffle=work.shuffle, num_workers=num_workers, collate_fn=collate
-    )
-    return loader
-
-
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 SUBJECTS: list[Subject] = [
