@@ -1,11 +1,15 @@
 """The crew: a pipeline's worker threads, as many as are wanted at the time."""
 
+import os
 import sys
+import sysconfig
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 from torchstage.errors import TorchstageWarning
 
@@ -76,19 +80,54 @@ class Crew:
         deadline = time.monotonic() + timeout
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        for thread in threads:
-            if thread.is_alive():
-                warnings.warn(
-                    f"the thread {thread.name!r} did not stop within {timeout} s; it hangs at {_where(thread)}. It cannot "
-                    "keep the process alive, but what it holds is not released.",
-                    TorchstageWarning,
-                    stacklevel=3,
-                )
+        _warn_of([thread for thread in threads if thread.is_alive()], timeout)
 
 
-def _where(thread: threading.Thread) -> str:
-    frame = sys._current_frames().get(thread.ident or -1)
-    if frame is None:
-        return "its end"
-    last = traceback.extract_stack(frame)[-1]
-    return f"{last.filename}:{last.lineno} in {last.name}"
+def _warn_of(hanging: list[threading.Thread], timeout: float) -> None:
+    """Warn of threads that did not stop, in one sentence each; those that only wait for another one are no news."""
+    places = {thread.name: _Place.of(thread) for thread in hanging}
+    culprits = {name: place for name, place in places.items() if not place.is_own} or places
+    sentences = [f"{name!r} did not stop within {timeout} s; it hangs at {place}" for name, place in culprits.items()]
+    if sentences:
+        warnings.warn(
+            f"the thread {'; the thread '.join(sentences)}. It cannot keep the process alive, but what it holds is not "
+            "released.",
+            TorchstageWarning,
+            stacklevel=4,
+        )
+
+
+_OWN = str(Path(__file__).parent.parent) + os.sep
+_LIBRARIES = tuple(sysconfig.get_paths()[key] + os.sep for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+class _Place(NamedTuple):
+    """Where a thread is.
+
+    Attributes:
+        text: the line it runs, and behind it the line of the user's code that called it.
+        is_own: whether it is in torchstage's own code, called by nobody else's.
+    """
+
+    text: str
+    is_own: bool
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of(cls, thread: threading.Thread) -> "_Place":
+        """Look up where a thread is now."""
+        frame = sys._current_frames().get(thread.ident or -1)
+        if frame is None:
+            return cls("its end", is_own=True)
+        stack = traceback.extract_stack(frame)
+        text, is_own = _line(stack[-1]), all(call.filename.startswith((_OWN, threading.__file__)) for call in stack)
+        users = [call for call in stack if not call.filename.startswith((_OWN, *_LIBRARIES))]
+        if users and users[-1] is not stack[-1]:
+            text = f"{text}, called from {_line(users[-1])}"
+        return cls(text, is_own)
+
+
+def _line(call: traceback.FrameSummary) -> str:
+    return f"{call.filename}:{call.lineno} in {call.name}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from torchstage.transforms._interpreter import Interpreter
 from torchstage.transforms._plan import NodeCost
 
 
@@ -33,8 +34,7 @@ class Timings:
             Exception: whatever an operation raises.
         """
         clocked = _Clocked(self._module)
-        clocked.extra_traceback = False
-        values: list[Any] = clocked.run(*inputs, enable_io_processing=False)
+        values: list[Any] = clocked.run_all(inputs)
         with self._lock:
             self.batches += 1
             self._not_tensors |= clocked.not_tensors
@@ -60,7 +60,7 @@ class Timings:
             return self._seen.keys() - self._not_tensors
 
 
-class _Clocked(torch.fx.Interpreter):
+class _Clocked(Interpreter):
     """Runs a graph node by node and notes what each takes."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:

@@ -188,10 +188,57 @@ def test_a_loader_that_hangs_is_given_up_after_the_deadline_with_its_line() -> N
     loader = StagedDataLoader(hangs(), name="slow")
     iterator = iter(loader)
     next(iterator)
-    match = r"'torchstage-slow-0' did not stop within 0\.05 s; it hangs at .*threading\.py:\d+ in wait"
+    match = (
+        r"'torchstage-slow-0' did not stop within 0\.05 s; it hangs at .*threading\.py:\d+ in wait, "
+        r"called from .*test_shutdown\.py:\d+ in hangs"
+    )
     with pytest.warns(TorchstageWarning, match=match):
         loader.close(timeout=0.05)
     go_on.set()
+
+
+def test_of_many_threads_only_the_one_in_the_loader_is_named() -> None:
+    """The others wait for their turn to read; that is torchstage's own code, and nothing the user could mend."""
+    go_on, blocks = threading.Event(), threading.Event()
+
+    def hangs() -> Iterator[torch.Tensor]:
+        yield torch.zeros(3)
+        blocks.set()
+        go_on.wait()
+
+    loader = StagedDataLoader(hangs(), name="slow", num_threads=4)
+    iterator = iter(loader)
+    next(iterator)
+    assert blocks.wait(10)
+    with pytest.warns(TorchstageWarning) as caught:
+        loader.close(timeout=0.05)
+    go_on.set()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 1
+    assert messages[0].count("did not stop") == 1
+    assert "in hangs" in messages[0]
+
+
+def test_a_staged_pass_leaves_no_thread_of_a_progress_bar() -> None:
+    done = run_script("""
+        import threading, torch, torchstage
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(2))
+
+            def forward(self, x):
+                return (x * 2 + 1) * self.weight
+
+        model, loader = torchstage.smart_stage(Net(), [torch.ones(2)] * 12, num_threads=1, capacity=4)
+        for x in loader:
+            model(x)
+        print(loader.stats.staged_steps, [thread.name for thread in threading.enumerate()])
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip().endswith("['MainThread']")
+    assert not done.stdout.startswith("0 ")
 
 
 # ---------------------------------------------------------------- processes

@@ -31,6 +31,7 @@ from torchstage.transforms._analysis import cut_of
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
 from torchstage.transforms._hooks import has_hooks
+from torchstage.transforms._interpreter import Interpreter
 from torchstage.transforms._lift import Part, extract
 from torchstage.transforms._plan import Plan, at
 
@@ -129,7 +130,7 @@ class Probe:
         watcher = _Watcher(self._whole.module, {}, {})
         try:
             with _NoWrites({**batch, **self._kept}):
-                watcher.run(*self._inputs(self._whole, leaves), enable_io_processing=False)
+                watcher.run_all(self._inputs(self._whole, leaves))
         except _WriteRefused as refused:
             return f"it writes into {refused.args[0]}"
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises for this batch is the finding
@@ -141,13 +142,13 @@ class Probe:
         part = self._stage if self.problem else self._whole
         watcher = _Watcher(part.module, {}, {})
         with _as_before(), contextlib.suppress(Exception):
-            watcher.run(*self._inputs(part, leaves), enable_io_processing=False)
+            watcher.run_all(self._inputs(part, leaves))
         return watcher.failure(error)
 
     def _watch(self, part: Part, leaves: Sequence[Any]) -> None:
         watcher = _Watcher(part.module, self.values, self.seconds)
         for _ in range(_LOOKS):
-            watcher.run(*self._inputs(part, leaves), enable_io_processing=False)
+            watcher.run_all(self._inputs(part, leaves))
 
     def _run_stage(self, leaves: Sequence[Any]) -> tuple[list[Any], float]:
         with self._ambient.entered():
@@ -169,12 +170,11 @@ class Probe:
         return [hand_out(leaves[position], copy=self._writes) for position in part.inputs]
 
 
-class _Watcher(torch.fx.Interpreter):
+class _Watcher(Interpreter):
     """Runs a graph node by node; notes what each call gives, and the least time it takes."""
 
     def __init__(self, module: torch.fx.GraphModule, values: dict[str, Value], seconds: dict[str, float]) -> None:
         super().__init__(module)
-        self.extra_traceback = False
         self._values = values
         self._seconds = seconds
         self._node: torch.fx.Node | None = None
