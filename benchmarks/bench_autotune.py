@@ -1,6 +1,6 @@
 """What tuning reaches, against every fixed number of threads and capacity, and what it costs.
 
-`python benchmarks/bench_autotune.py` prints the tables of benchmarks/README.md and, with ``--picture``, draws them;
+`python -m benchmarks.bench_autotune` prints the tables of benchmarks/README.md and, with ``--picture``, draws them;
 `--help` lists what can be chosen.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import interleave
-from bench_overlap import one_intra_op_thread
-from simulator import Costs, Simulation
 from torch import nn
 
+from benchmarks._harness import interleave
+from benchmarks.bench_overlap import one_intra_op_thread
+from benchmarks.simulator import Costs, Simulation
 from torchstage import AUTOTUNE, AutotuneAlgorithm, SmartStageOptions, autotune, smart_stage
 from torchstage.loaders._feed import Feed
 from torchstage.loaders._tuner import Tuner

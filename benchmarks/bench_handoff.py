@@ -1,6 +1,6 @@
 """What it costs to hand a batch from one thread to another when there is nothing to stage.
 
-`python benchmarks/bench_handoff.py` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
+`python -m benchmarks.bench_handoff` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from _harness import PrefetchThread, interleave, table
 from torch import nn
 
 import torchstage
+from benchmarks._harness import PrefetchThread, interleave, table
 from torchstage._channel import Channel
 from torchstage.errors import ChannelCancelled, EmptyStageWarning
 from torchstage.loaders._source import Source

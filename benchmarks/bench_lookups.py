@@ -1,6 +1,6 @@
 """What it costs to gather rows of trained tables ahead and to repair them, against gathering them in the step.
 
-`python benchmarks/bench_lookups.py` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
+`python -m benchmarks.bench_lookups` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
 
     repair   one lookup, driven by hand in one thread: what of it is left in the step, and what the stage does for it
     sleep    tables of millions of rows, and a step that sleeps, an accelerator's stand-in
@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from _harness import Times, interleave, table
-from bench_overlap import MS, one_intra_op_thread
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import torchstage
+from benchmarks._harness import Times, interleave, table
+from benchmarks.bench_overlap import MS, one_intra_op_thread
 from torchstage._adult import Adult, adult_loader
 from torchstage._demo import ClickModel, Run, _NoBar
 from torchstage.loaders._rows import Rows

@@ -1,6 +1,6 @@
 """Staged training against the plain loop, a hand-written prefetch thread and a `DataLoader` worker.
 
-`python benchmarks/bench_overlap.py` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
+`python -m benchmarks.bench_overlap` prints the tables of benchmarks/README.md; `--help` lists what can be chosen.
 """
 
 import argparse
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from _harness import (
+
+from benchmarks._harness import (
     VARIANTS,
     Dense,
     Light,

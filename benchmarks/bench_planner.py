@@ -1,6 +1,6 @@
 """What the best cut gains over the largest: the same models trained with planner="max" and planner="cost".
 
-`python benchmarks/bench_planner.py` prints a table per model; `--help` lists what can be chosen. Both train the same
+`python -m benchmarks.bench_planner` prints a table per model; `--help` lists what can be chosen. Both train the same
 batches from the same start, and their losses are compared before anything is timed. Then they take turns, after the
 search of "cost" is over.
 """
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _harness import interleave, table
 from torch import nn
 
 import torchstage
+from benchmarks._harness import interleave, table
 from torchstage import ops
 from torchstage._adult import Adult, adult_loader
 from torchstage._demo import ClickModel

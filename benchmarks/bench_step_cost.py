@@ -1,6 +1,6 @@
 """What a staged step costs beyond the forward: the guards, by the kind of capture and the size of the model.
 
-    python benchmarks/bench_step_cost.py              # or --rounds, --repeats
+    python -m benchmarks.bench_step_cost              # or --rounds, --repeats
 
 `refuse` is every check of a ticket; `forward` is what the staged model's forward does besides, with a step's part that
 does nothing. Figures are microseconds, the fastest and the median of the rounds.

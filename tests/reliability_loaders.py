@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peers.reliability.subject import Subject
-from peers.reliability.work import Transform, Work
+
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import Transform, Work
 
 
 class Tiny(Subject):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers.reliability import page
-from peers.reliability.case import Verdict
-from peers.reliability.runner import CASES, case_of, measure
-from peers.reliability.subjects import SUBJECTS
+
+from benchmarks.peers.reliability import page
+from benchmarks.peers.reliability.case import Verdict
+from benchmarks.peers.reliability.runner import CASES, case_of, measure
+from benchmarks.peers.reliability.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"

@@ -1,7 +1,8 @@
 """The simulated pipeline, on which the tuner is tested, follows the rules of the real one."""
 
 import pytest
-from simulator import Costs, Simulation
+
+from benchmarks.simulator import Costs, Simulation
 
 
 def seconds(read: float, stage: float, step: float, threads: int, capacity: int = 4, processors: float = 99) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from simulator import Costs, Simulation
 
+from benchmarks.simulator import Costs, Simulation
 from torchstage import AUTOTUNE, AutotuneAlgorithm, SmartStageOptions
 from torchstage.loaders._feed import Feed
 from torchstage.loaders._tuner import Tuner

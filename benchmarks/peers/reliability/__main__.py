@@ -12,10 +12,10 @@ batches that arrived, the exception, the threads that are left, its exit code an
 import argparse
 from pathlib import Path
 
-from . import page
-from .runner import CASES, case_of, measure, serve
-from .subject import Subject
-from .subjects import SUBJECTS
+from benchmarks.peers.reliability import page
+from benchmarks.peers.reliability.runner import CASES, case_of, measure, serve
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.subjects import SUBJECTS
 
 _ROOT = Path(__file__).parents[3]
 PAGE = _ROOT / "docs" / "reliability.md"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .subject import Subject
-from .work import Work
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import Work
 
 Seen = dict[str, Any]
 """What was noted: values, errors, threads; and from outside `rc`, `hung`, `stderr` and `ended`. It can be written as JSON."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .case import (
+from benchmarks.peers.reliability.case import (
     Case,
     Notes,
     Seen,
@@ -17,8 +17,8 @@ from .case import (
     stopped_short,
     value_of,
 )
-from .subject import Subject
-from .work import BAD, COUNT, Work
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import BAD, COUNT, Work
 
 BEFORE = list(range(BAD))
 GROUP = "Faults"

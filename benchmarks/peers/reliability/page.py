@@ -9,8 +9,8 @@ from typing import TypedDict
 
 import torch
 
-from .case import Case, Seen, Verdict
-from .subject import Subject
+from benchmarks.peers.reliability.case import Case, Seen, Verdict
+from benchmarks.peers.reliability.subject import Subject
 
 BEGIN = "<!-- measured: written by python -m benchmarks.peers.reliability -->"
 END = "<!-- end of what was measured -->"

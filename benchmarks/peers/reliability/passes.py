@@ -10,9 +10,19 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .case import Case, Notes, Seen, Verdict, compared, facts_of, stopped_short, take, value_of
-from .subject import Subject
-from .work import COUNT, Work
+from benchmarks.peers.reliability.case import (
+    Case,
+    Notes,
+    Seen,
+    Verdict,
+    compared,
+    facts_of,
+    stopped_short,
+    take,
+    value_of,
+)
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import COUNT, Work
 
 GROUP = "Passes"
 FORK_SECONDS = 5.0

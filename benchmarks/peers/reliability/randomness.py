@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .case import Case, Notes, Seen, Verdict, compared, stopped_short, value_of
-from .subject import Subject
-from .work import COUNT, Work, pause
+from benchmarks.peers.reliability.case import Case, Notes, Seen, Verdict, compared, stopped_short, value_of
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import COUNT, Work, pause
 
 GROUP = "Reproducibility"
 

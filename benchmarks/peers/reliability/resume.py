@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .case import Case, Notes, Seen, Verdict, compared, stopped_short, take, value_of
-from .subject import Subject
-from .work import COUNT, Work
+from benchmarks.peers.reliability.case import Case, Notes, Seen, Verdict, compared, stopped_short, take, value_of
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import COUNT, Work
 
 GROUP = "Resume"
 TAKEN = 5

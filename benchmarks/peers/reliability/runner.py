@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from . import faults, passes, randomness, resume, shutdown
-from .case import Case, Notes, Seen, facts_of
-from .subject import Subject
-from .subjects import subject_of
+from benchmarks.peers.reliability import faults, passes, randomness, resume, shutdown
+from benchmarks.peers.reliability.case import Case, Notes, Seen, facts_of
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.subjects import subject_of
 
 CASES: list[Case] = [*faults.CASES, *shutdown.CASES, *passes.CASES, *resume.CASES, *randomness.CASES]
 _ROOT = Path(__file__).parents[3]
@@ -44,8 +44,8 @@ def measure(plan: Sequence[tuple[str, str]], deadline: float | None = None) -> I
     Raises:
         RuntimeError: the process that runs them has failed.
     """
-    environment = {**os.environ, "PYTHONPATH": f"{_ROOT / 'benchmarks'}:{_ROOT}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "peers.reliability", "--serve", json.dumps([plan, deadline])]
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "benchmarks.peers.reliability", "--serve", json.dumps([plan, deadline])]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as server:
             assert server.stdout is not None

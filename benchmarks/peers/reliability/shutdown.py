@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .case import (
+from benchmarks.peers.reliability.case import (
     Case,
     Notes,
     Seen,
@@ -21,8 +21,8 @@ from .case import (
     take,
     value_of,
 )
-from .subject import Subject
-from .work import ENDLESS, Work
+from benchmarks.peers.reliability.subject import Subject
+from benchmarks.peers.reliability.work import ENDLESS, Work
 
 GROUP = "Shutdown"
 QUICK_SECONDS = 10.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .work import Transform, Work
+from benchmarks.peers.reliability.work import Transform, Work
 
 
 class Subject:

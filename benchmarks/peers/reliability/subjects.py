@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from .subject import Subject, data_loader
-from .torchrec_subjects import RecBase, RecThread
-from .work import Lookup, Transform, Work
+from benchmarks.peers.reliability.subject import Subject, data_loader
+from benchmarks.peers.reliability.torchrec_subjects import RecBase, RecThread
+from benchmarks.peers.reliability.work import Lookup, Transform, Work
 
 
 class Plain(Subject):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .subject import Subject, data_loader
-from .work import Lookup, Work
+from benchmarks.peers.reliability.subject import Subject, data_loader
+from benchmarks.peers.reliability.work import Lookup, Work
 
 
 class RecThread(Subject):
