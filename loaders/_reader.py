@@ -68,6 +68,7 @@ class Reader:
         self._keeper = Keeper(loader)
         self._generators = Generators(loader)
         self._drawn = self._drawn_by_taken = self._generators.now()
+        self._shared = False
         self._lock = threading.Lock()
         self._next = 0
         self._ended = False
@@ -75,7 +76,9 @@ class Reader:
 
     def first(self) -> Batch | BaseException:
         """Return the outcome of the next read, and leave it to be read."""
-        return self._watched(self._source.peek)
+        outcome = self._watched(self._source.peek)
+        self._drawn = self._generators.now()
+        return outcome
 
     def skip_first(self) -> int:
         """Count what `first` returned as read and taken; return its number."""
@@ -89,6 +92,7 @@ class Reader:
             if self._ended:
                 return None
             started, number = time.perf_counter(), self._next
+            self._shared = self._shared or self._generators.now() != self._drawn
             outcome, snapshot = self._outcome(number)
             self._drawn = self._generators.now()
             if isinstance(outcome, BaseException):
@@ -165,7 +169,8 @@ class Reader:
     def undraw(self) -> None:
         """Put the loader's generators back to where the last batch that was taken left them; nobody reads any more.
 
-        A plain loop that breaks off has not read further. What somebody else drew since stays drawn.
+        A plain loop that breaks off has not read further. What somebody else drew, since the last read or between two,
+        stays drawn; what is drawn in another thread while a read is under way cannot be told from the read's own draws.
         """
-        if self._generators.now() == self._drawn and self._drawn_by_taken != self._drawn:
+        if not self._shared and self._generators.now() == self._drawn and self._drawn_by_taken != self._drawn:
             self._generators.restore(self._drawn_by_taken)

@@ -92,7 +92,8 @@ def test_importing_it_imports_nothing_but_the_standard_library_torch_and_numpy()
         "after = {name.partition('.')[0] for name in sys.modules}\n"
         "print(*sorted(after - before - set(sys.stdlib_module_names)), sep='\\n')\n"
     )
-    assert new == ["torchstage"]
+    # Python's own table of its build has a name that no list has.
+    assert [name for name in new if not name.startswith("_sysconfigdata")] == ["torchstage"]
 
 
 def test_importing_it_starts_no_thread_and_leaves_torch_as_it_was() -> None:

@@ -255,14 +255,27 @@ def test_breaking_off_leaves_the_samplers_generator_as_the_plain_loop_does(stop_
     assert order(stage=True) == order(stage=False)
 
 
-def test_what_the_loop_draws_from_the_loaders_generator_stays_drawn() -> None:
+@pytest.mark.parametrize("reads_after", [0, 1])
+def test_what_the_loop_draws_from_the_loaders_generator_stays_drawn(reads_after: int) -> None:
+    """Between two reads, or behind the last: this sampler draws for every 32 rows, so reads go on drawing."""
     generator = torch.Generator().manual_seed(0)
-    loader = StagedDataLoader(DataLoader(click_data(), 4, shuffle=True, generator=generator), capacity=4)
-    iterator = iter(loader)
+    sampler = RandomSampler(click_data(), replacement=True, generator=generator)
+    reader = StagedDataLoader(DataLoader(click_data(), 32, sampler=sampler), capacity=2)
+    iterator = iter(reader)
     next(iterator)
-    while not iterator._epoch.pipeline.channel.ready:
+    reads = iterator._epoch.pipeline.reader
+    while reads._next < 2:
         time.sleep(0.001)
-    torch.rand(1, generator=generator)
-    state = generator.get_state()
+    with reads._lock:
+        torch.rand(1, generator=generator)
+        state, number = generator.get_state(), reads._next
+    if reads_after:
+        next(iterator)
+        while reads._next == number:
+            time.sleep(0.001)
+    with reads._lock:
+        assert torch.equal(generator.get_state(), state) != bool(reads_after)
+        state = generator.get_state()
+        reads.end()
     iterator.close()
     assert torch.equal(generator.get_state(), state)
