@@ -52,6 +52,7 @@ from torchstage.errors import (
 )
 from torchstage.loaders._crew import Crew
 from torchstage.loaders._feed import Feed, bytes_of
+from torchstage.loaders._gate import GATE
 from torchstage.loaders._reader import Read, Reader
 from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Bound, Stager
@@ -250,7 +251,8 @@ class Pipeline:
             ChannelCancelled: the pipeline was stopped; the batch stays in hand.
             ChannelClosed: the epoch ended before this batch.
         """
-        item = self._stage(got)
+        with GATE.passing():
+            item = self._stage(got)
         if item is not None:
             self._put(item)
             self._tell_tuner(self._tune)
@@ -356,7 +358,7 @@ def _work(pipeline: Pipeline, number: int) -> None:
     """Read and stage until the end, an error, a stop or a resize that needs no such worker. The body of a thread."""
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
-        while pipeline.crew.stays(number) and (got := pipeline.reader.read()) is not None:
+        while pipeline.crew.stays(number) and (got := _read(pipeline)) is not None:
             try:
                 pipeline.process(got)
             except (ChannelCancelled, ChannelClosed):
@@ -364,3 +366,8 @@ def _work(pipeline: Pipeline, number: int) -> None:
             except BaseException as error:  # noqa: BLE001 - else the client would wait for this batch for ever
                 pipeline.broke(got.number, error)
             del got  # or this frame keeps the batch alive while it waits for the next
+
+
+def _read(pipeline: Pipeline) -> Read | None:
+    with GATE.passing():
+        return pipeline.reader.read()

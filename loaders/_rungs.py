@@ -8,11 +8,12 @@ import torch
 import torch.fx
 from torch.nn.parameter import is_lazy
 
+from torchstage.loaders._gate import GATE
 from torchstage.transforms._acceptance import check
 from torchstage.transforms._capture import capture
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._hooks import has_hooks
-from torchstage.transforms._mirror import STATE_CHANGES, UntraceableError
+from torchstage.transforms._mirror import UntraceableError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,7 +38,7 @@ def capture_whole(model: torch.nn.Module, call: Call, method: str = "forward") -
     if traced is not None:
         why = next(f"`{path}` would be called as a whole, {reason}" for path, reason in traced.opaque.items())
     quiet = not any(effect in why for effect in _EFFECTS)
-    exported = _export(model, call) if small and quiet and method == "forward" and _is_alone() else ""
+    exported = _export(model, call) if small and quiet and method == "forward" else ""
     if isinstance(exported, Capture):
         return dataclasses.replace(exported, obstacle=why)
     if traced is not None:
@@ -59,6 +60,16 @@ def _trace(model: torch.nn.Module, call: Call, method: str, *, checked: bool) ->
 
 
 def _export(model: torch.nn.Module, call: Call) -> Capture | str:
+    """Capture by `torch.export`, which patches the class of all modules: so no other thread may be running any."""
+    if not _is_alone():
+        return "another thread may be running modules, which it patches"
+    with GATE.closed(_MOST_SECONDS_TO_WAIT) as still:
+        return (
+            _export_alone(model, call) if still else "the data set is being read, which may run modules that it patches"
+        )
+
+
+def _export_alone(model: torch.nn.Module, call: Call) -> Capture | str:
     # Its import takes half a second, and most forwards can be traced.
     from torchstage.transforms._exported import export_forward
 
@@ -79,12 +90,18 @@ def _flaw(model: torch.nn.Module, captured: Capture, call: Call) -> str | None:
 
 
 def _is_alone() -> bool:
-    """Whether no other thread can be running modules: `torch.export` patches their class for the whole process.
-
-    The monitor of tqdm's bars runs none. It is there after the first export, and wherever a loop shows its progress.
-    """
+    """Whether no other thread can be running modules, but torchstage's workers, which the gate holds up."""
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    return all(type(thread).__module__.startswith("tqdm.") for thread in others)
+    return all(
+        thread.name.startswith("torchstage-") or _home_of(thread).startswith(_RUN_NO_MODULES) for thread in others
+    )
+
+
+def _home_of(thread: threading.Thread) -> str:
+    """The name of the module that a thread's work comes from."""
+    if type(thread) is not threading.Thread:
+        return f"{type(thread).__module__}."
+    return f"{getattr(getattr(thread, '_target', None), '__module__', '')}."
 
 
 def _can_be_copied(model: torch.nn.Module) -> bool:
@@ -106,13 +123,19 @@ def _rests_on_decisions(captured: Capture) -> bool:
 
 # Why a forward was not traced that would have its effect, outside of the model's copy, while it is exported too.
 _EFFECTS = (
-    *STATE_CHANGES,
+    "forward changes the ",
     "forward may draw",
     "forward draws",
     "forward assigns a global",
     "forward reaches a ",
     "forward reads the grad",
 )
+# Threads of progress bars, of the queues to worker processes, of the copies to pinned memory, of notebooks and of logs.
+_RUN_NO_MODULES = (
+    *("tqdm.", "multiprocessing.", "torch.multiprocessing.", "torch.utils.data."),
+    *("ipykernel.", "IPython.", "zmq.", "tornado.", "debugpy.", "tensorboard.", "wandb."),
+)
+_MOST_SECONDS_TO_WAIT = 1.0  # for a worker that waits for the user's data set
 _UNCHECKED = "it could not be held against the plain forward"
 _TELLS_NOTHING = (_UNCHECKED, "the plain forward raises", "the plain forward does not repeat itself")
 _MOST_CHECKED_BYTES = 1 << 28

@@ -16,6 +16,7 @@ import torch
 
 from torchstage.transforms._frames import is_users
 from torchstage.transforms._mirror import StandIn, UntraceableError
+from torchstage.transforms._value import Attribute, Number, Value
 
 
 class Watch:
@@ -30,6 +31,7 @@ class Watch:
         self._mirrored = mirrored  # whether the forward runs on stand-ins
 
     def __enter__(self) -> None:
+        self._made: dict[int, Any] = {}  # modules that the forward made; kept, so that no other one gets the id
         self._holders: dict[int, Any] = {}
         self._contents: dict[int, tuple[Any, Any, str]] = {}
         self._before = sys.getprofile()
@@ -46,10 +48,14 @@ class Watch:
         if self._collects:
             gc.enable()
         self._put_back()
+        self._made.clear()
 
     def _put_back(self) -> None:
         """Undo what the forward did to globals and what they hold: the step that runs it as Python does it again."""
         for container, before, name in self._contents.values():
+            if isinstance(container, dict):
+                for kind in _PROXIES & container.keys():  # a cache by type of value, which came to know a proxy's
+                    del container[kind]
             if not _equal_items(container, before):
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(before)
@@ -82,12 +88,16 @@ class Watch:
             self._tracer.returned()
 
     def _see_self(self, frame: types.FrameType) -> None:
-        """Refuse a call on a module of the user's own: only what is read through a stand-in is guarded."""
+        """Refuse a call on a module that was there before: only what is read through a stand-in is guarded."""
         code = frame.f_code
-        if not code.co_argcount or not (code.co_name == "forward" or is_users(frame)):
+        names = ("forward", "__init__")
+        if not self._mirrored or not code.co_argcount or not (code.co_name in names or is_users(frame)):
             return
         given = frame.f_locals.get(code.co_varnames[0])
-        if not self._mirrored or not issubclass(type(given), torch.nn.Module):
+        if not issubclass(type(given), torch.nn.Module) or id(given) in self._made:
+            return
+        if code.co_name == "__init__" and not vars(given):
+            self._made[id(given)] = given
             return
         if not issubclass(type(given), StandIn):
             self._refuse(f"forward reaches a {type(given).__name__} that is not among its modules")
@@ -126,6 +136,7 @@ class Watch:
         self._tracer.globals.setdefault((id(owner), name), (owner, name, value))
 
 
+_PROXIES = {Value, Number, Attribute}
 _STDLIB = sys.stdlib_module_names - {"__main__"}
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
