@@ -1,6 +1,7 @@
 """The rung `torch.export`: what it captures, for which shapes it holds, what it refuses, and that nothing is left behind."""
 
 import copy
+import math
 import functools
 import random
 import re
@@ -432,3 +433,19 @@ def test_a_monitor_of_tqdm_does_not_keep_a_forward_from_being_exported() -> None
         stop.set()
         monitor.join()
         other.join()
+
+
+class Powers(nn.Module):
+    """Uses a function of Python's that export replaces while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x.abs() * math.pow(2.0, 0.5))
+
+
+def test_what_export_replaces_while_it_runs_is_no_change_of_the_model() -> None:
+    captured = exported(Powers(), torch.randn(4, 3))
+    assert [(name, value) for owner, name, value in captured.globals if owner is vars(math)] == [("pow", math.pow)]

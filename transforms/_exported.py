@@ -18,6 +18,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,6 +214,8 @@ class _Export:
         """Return the capture that ``program`` makes."""
         modules = {**dict(self._model.named_modules()), **self._replica.outside}
         names = (*self._reads.globals.values(), *self._reads.class_attributes(modules))
+        # Export puts functions of its own into this module while it runs.
+        names = tuple([(owner, name, owner[name] if owner is vars(math) else value) for owner, name, value in names])
         if not _free_of_fakes(value for _, _, value in names):
             raise UntraceableError("forward keeps a value in a Python object or a cache")
         whole = self._flat.whole

@@ -41,7 +41,7 @@ def last_refusal() -> UntraceableError | None:
 _last = threading.local()
 
 
-STATE_CHANGES = ("forward changes the ", "forward assigns self.")
+STATE_CHANGES = ("forward changes the ", "forward changes self.", "forward assigns self.")
 """How the messages begin that a forward changes the Python state of its model, which it may do in its first call only."""
 
 MISSING = object()
