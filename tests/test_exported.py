@@ -1,8 +1,8 @@
 """The rung `torch.export`: what it captures, for which shapes it holds, what it refuses, and that nothing is left behind."""
 
 import copy
-import math
 import functools
+import math
 import random
 import re
 import threading
