@@ -22,11 +22,17 @@ def _session_defaults() -> Iterator[None]:
     importlib.import_module("tqdm").tqdm.monitor_interval = 0
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_not_looked_through() -> Iterator[None]:
+    """What imports made lives on: looking through it again after each test would take most of the time."""
     gc.collect()
-    gc.freeze()  # what the imports made lives on: looking through it again after each test would take most of the time
+    gc.freeze()
     yield
     gc.unfreeze()
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
