@@ -70,11 +70,6 @@ class GraphParts(Parts):
         self._pool = pool
         self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
 
-    @property
-    def settled(self) -> bool:
-        """Whether no trial of the lookups is under way."""
-        return not self.sites or self._policy.settled
-
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         flaw = super().misfit(leaves, spec)
         if flaw is not None or self._decisions is None:

@@ -82,6 +82,11 @@ class Parts(abc.ABC):
         """The settings that the stage runs under."""
         return self._ambient
 
+    @property
+    def settled(self) -> bool:
+        """Whether no trial of the lookups is under way."""
+        return not self.sites or self._policy.settled
+
     def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
         """Say why a call with these leaves is not the one that was captured, or None."""
         if len(leaves) != self._leaf_count or spec != self.in_spec:

@@ -177,6 +177,8 @@ class Pipeline:
             self.channel.free_slot()
         else:
             item.bound.ticket.on_used = self.channel.free_slot
+        if item.bound is not None and self.stager is not None:
+            self.stager.taken(item.bound.ticket)
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
         self._tell_tuner(lambda tuner: tuner.took(wait, ready, crowded))

@@ -17,30 +17,13 @@ from collections.abc import Callable
 from torchstage.errors import TorchstageWarning
 from torchstage.loaders._graphs import GraphParts
 from torchstage.loaders._measure import Timings, seconds_per_byte
-from torchstage.loaders._policy import Policy
+from torchstage.loaders._policy import Trial
 from torchstage.loaders._staging import Staging
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._costs import Figures, choose, largest, problem_of, with_choice
 from torchstage.transforms._plan import Plan, StepTimes
-
-
-class Trial(Policy):
-    """Tries two stagings on the running job, as `Policy` tries two places of a gather: True is the proposed one."""
-
-    MARGIN = 0.02
-
-    def __init__(self, lag: int, clock: Callable[[], float]) -> None:
-        super().__init__("auto", lag, clock)
-        self.seen: StepTimes | None = None
-        self.won = False
-
-    def _decide(self) -> None:
-        if all(self._times.values()):
-            self.seen = StepTimes(*[statistics.median(self._times[proposed]) for proposed in (False, True)])
-        super()._decide()
-        self.won = self._choice
 
 
 class _Phase(enum.Enum):
@@ -89,6 +72,11 @@ class Search:
         self._lock = threading.Lock()
         self._hold = HOLD
         self._begin()
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is measured or tried."""
+        return self._phase is _Phase.DONE
 
     def knows(self, staging: Staging) -> bool:
         """Whether ``staging`` is one of those between which this search chooses."""

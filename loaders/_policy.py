@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from torchstage.transforms._plan import StepTimes
+
 Lookups = Literal["auto", "exact", "main", "stale"]
 
 
@@ -105,3 +107,20 @@ class Policy:
         """Return the median time of a step with gathers ahead to that of one without; 1 if either was not seen."""
         inside, outside = (statistics.median(self._times[ahead] or [0.0]) for ahead in (True, False))
         return inside / outside if inside and outside else 1.0
+
+
+class Trial(Policy):
+    """Tries two stagings on the running job, as `Policy` tries two places of a gather: True is the proposed one."""
+
+    MARGIN = 0.02
+
+    def __init__(self, lag: int, clock: Callable[[], float]) -> None:
+        super().__init__("auto", lag, clock)
+        self.seen: StepTimes | None = None
+        self.won = False
+
+    def _decide(self) -> None:
+        if all(self._times.values()):
+            self.seen = StepTimes(*[statistics.median(self._times[proposed]) for proposed in (False, True)])
+        super()._decide()
+        self.won = self._choice

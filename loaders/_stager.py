@@ -19,7 +19,8 @@ from torchstage._memory import has_unseen_writes
 from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, flatten, is_tracked, unflatten
 from torchstage._threads import StageThreadPool
-from torchstage.errors import EmptyStageWarning, FallbackWarning
+from torchstage.errors import EmptyStageWarning, FallbackWarning, TorchstageWarning
+from torchstage.loaders._bypass import Bypass
 from torchstage.loaders._graphs import ANOTHER_WAY, GraphParts
 from torchstage.loaders._planner import Search
 from torchstage.loaders._replay import ReplayParts, record
@@ -70,6 +71,7 @@ class Stager:
         self._options = options
         self._binder = binder
         self._pool = pool
+        self._bypass = Bypass(options.most_batches) if options.bypass and options.lookups != "stale" else None
         self._lock = threading.Lock()
         self._current: Staging | None = None
         self._stagings: dict[Mode, Staging] = {}
@@ -134,6 +136,8 @@ class Stager:
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
         if staging.parts is None:
             return Bound(Ticket(self, staging, leaves, spec, RECORDED), leaves)
+        if self._bypass is not None and self._is_bypassed(self._bypass, staging.parts.settled, search):
+            return Bound(Ticket(self, staging, leaves, spec, BYPASSED), leaves)
         flaw = staging.parts.misfit(leaves, spec)
         if flaw is None and has_unseen_writes(batch.leaves):
             flaw = "a sparse tensor of the batch shares memory with another part, whose writes it does not show"
@@ -141,6 +145,23 @@ class Stager:
         if flaw is None:
             ticket.fill(staging.parts, leaves)
         return Bound(ticket, leaves)
+
+    def _is_bypassed(self, bypass: Bypass, settled: bool, search: Search | None) -> bool:
+        plain = bypass.plain(settled and (search is None or search.settled))
+        if bypass.off and bypass.seen is not None:
+            self.recorder.warn_once(
+                "bypass",
+                TorchstageWarning,
+                f"staging {type(self._model).__name__} saves nothing here, and is off until it is tried again: a step took "
+                f"{1e3 * bypass.seen.largest:.3g} ms with it and {1e3 * bypass.seen.proposed:.3g} ms without. bypass=False "
+                "stages all the same.",
+            )
+        return plain
+
+    def taken(self, ticket: Ticket) -> None:
+        """Note that the training loop takes a batch. Runs on its thread."""
+        if self._bypass is not None:
+            self._bypass.step(ticket.flaw == BYPASSED)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -165,7 +186,7 @@ class Stager:
         """Count a refused ticket, warn the first time, and adapt if it is likely to happen again. Runs in a forward."""
         with self._lock:
             self.recorder.fallback(reason)
-            if reason != RECORDED:
+            if reason not in (RECORDED, BYPASSED):
                 self.recorder.warn_once(f"fallback {reason}", FallbackWarning, self._explain(reason, about))
             if self._in_force(ticket.staging):
                 self._adapt(ticket.staging, reason, about, call)
@@ -333,6 +354,9 @@ class Stager:
             "stats.fallbacks counts how often."
         )
 
+
+BYPASSED = "bypassed"
+"""Why a step runs the plain forward: to see whether it is faster, or because it is."""
 
 RECORDED = "the forward is recorded"
 """Why the first steps of a model that cannot be traced run as they are."""

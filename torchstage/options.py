@@ -114,6 +114,11 @@ class SmartStageOptions:
     differs; ``stats.verified`` counts the steps that were equal. The run's numbers stay the same. A compared step runs the
     model three times more, on a copy that shares the parameters, and keeps its graph for a second backward. 0: none."""
 
+    bypass: bool = True
+    """Whether some steps run the plain forward now and then, to see if they are faster, and staging is off for some thousand
+    batches where they are; that is warned about once, and ``stats.fallbacks["bypassed"]`` counts such steps. False: what can
+    be staged is. Not done with ``lookups="stale"``, whose numbers are not those of the plain forward."""
+
     max_ignored: int | None = None
     """How many batches of one pass over the loader ``ignored_exception_types`` may skip; the next exception is raised,
     whatever its type. None: any number."""
@@ -135,7 +140,7 @@ class SmartStageOptions:
                 "warm_start needs capacity=AUTOTUNE or num_threads=AUTOTUNE: fixed numbers have nothing to begin with. "
                 f"Found: {os.fspath(self.warm_start)!r}."
             )
-        for name in ("use_stage_subgraph_thread_pool", "do_smart_stage", "keep_random_order"):
+        for name in ("use_stage_subgraph_thread_pool", "do_smart_stage", "keep_random_order", "bypass"):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
         _require("name", self.name, _is_name, "must be None or a non-empty string")
