@@ -63,6 +63,30 @@ def test_a_batch_written_in_place_is_noticed() -> None:
     check(Frozen(), lambda _, x: x.add_(1), "batch written", "batch written.*Write to a copy")
 
 
+@pytest.mark.parametrize("replace", [lambda x: x + 1, lambda x: x[:2], lambda x: x.flip(0)])
+def test_a_batch_whose_data_is_replaced_is_noticed(replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def change(_: Any, x: torch.Tensor) -> None:
+        x.data = replace(x)
+
+    check(Scale(), change, "batch written")
+
+
+def test_a_frozen_buffer_that_becomes_another_view_of_its_memory_is_noticed() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mix", torch.arange(9.0).reshape(3, 3))
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.sin() @ self.mix) * self.weight
+
+    def change(model: Any, _: torch.Tensor) -> None:
+        model.mix.data = model.mix.data.t()
+
+    check(Mixed(), change, "frozen state changed", r"frozen state changed \(mix\)")
+
+
 def test_a_frozen_buffer_written_in_place_is_noticed() -> None:
     def change(model: Any, _: torch.Tensor) -> None:
         model.mean.add_(1)
