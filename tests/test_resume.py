@@ -253,6 +253,54 @@ def test_batches_that_were_ignored_are_passed_over_again(stop_at: int) -> None:
         list(more)
 
 
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_two_passes_side_by_side_are_resumed_in_their_orders(stop_at: int) -> None:
+    """`zip` asks for both iterators before it reads, and each iterator draws: so does a sampler at its first read."""
+
+    def pairs(loaders: list[Any]) -> Iterator[list[torch.Tensor]]:
+        return (list(pair) for pair in zip(*loaders, strict=True))
+
+    def make() -> list[Any]:
+        return [LOADERS["shuffled"](), LOADERS["shuffled by a generator"](), LOADERS["shuffled"]()]
+
+    torch.manual_seed(0)
+    plain = list(pairs(make()))
+    torch.manual_seed(0)
+    loaders = [StagedDataLoader(loader, capacity=2) for loader in make()]
+    taken = [pair for _, pair in zip(range(stop_at), pairs(loaders), strict=False)]
+    states, random = [loader.state_dict() for loader in loaders], torch.get_rng_state()
+    torch.manual_seed(12345)
+    loaders = [StagedDataLoader(loader, capacity=2) for loader in make()]
+    for loader, state in zip(loaders, states, strict=True):
+        loader.load_state_dict(state)
+    torch.set_rng_state(random)
+    for expected, found in zip(plain, [*taken, *pairs(loaders)], strict=True):
+        assert_same(expected, found)
+
+
+def test_a_generator_that_shuffles_is_resumed_from_its_beginning() -> None:
+    """Its second pass draws nothing: the state of that one must hold what the first began with."""
+
+    def shuffled() -> Iterator[torch.Tensor]:
+        yield from numbers(12)[:1]
+        yield from [numbers(12)[i] for i in torch.randperm(12)]
+
+    def take(loader: StagedDataLoader, count: int) -> list[torch.Tensor]:
+        return [x for _, x in zip(range(count), loader, strict=False)]
+
+    torch.manual_seed(0)
+    with StagedDataLoader(shuffled()) as loader:
+        take(loader, 3)
+        torch.rand(5)
+        take(loader, 2)
+        state = loader.state_dict()
+        rest = list(loader)
+    torch.manual_seed(12345)
+    with StagedDataLoader(shuffled()) as loader:
+        loader.load_state_dict(state)
+        assert_same(rest, list(loader))
+
+
 @pytest.mark.parametrize("num_clients", [2, 3])
 def test_several_clients_share_a_state(num_clients: int) -> None:
     loader = StagedDataLoader(numbers(40), num_clients=num_clients, capacity=3, num_threads=2)
