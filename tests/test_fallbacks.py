@@ -142,6 +142,29 @@ def test_a_changed_model_is_noticed_and_captured_again(change: Callable[[Any], N
     assert used[-5:] == [True] * 5  # captured again, and staged with the new model
 
 
+def test_a_global_with_the_name_of_an_attribute_is_none_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a script or a notebook a loop's own names, which change at every step, are globals of the model's too."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.loss(x.sin()).double()
+
+    monkeypatch.setitem(globals(), "loss", None)
+    monkeypatch.setitem(globals(), "sin", [])
+    monkeypatch.setitem(globals(), "double", 0)
+    staged, loader = torchstage.smart_stage(Net(), numbers(4))
+    for step, x in enumerate(loader):
+        monkeypatch.setitem(globals(), "loss", staged(x))
+        monkeypatch.setitem(globals(), "sin", [step])
+        monkeypatch.setitem(globals(), "double", step)
+    assert loader.stats.staged_steps == 4
+    assert loader.stats.fallbacks == {}
+
+
 def test_a_model_that_keeps_changing_is_left_alone_after_a_while() -> None:
     model = Frozen()
     staged, loader = torchstage.smart_stage(model, numbers(60))
