@@ -1,5 +1,6 @@
 """The passes of a staged loader over the user's loader: which one an iteration joins, what they share, where they stand."""
 
+import copy
 import dataclasses
 import os
 import threading
@@ -103,15 +104,19 @@ class Shared:
         progress = from_state(state, self.loader)
         self.stop()
         with self._lock:
-            if progress.snapshot is not None:
-                self.loader.load_state_dict(progress.snapshot.state)
+            self._load(progress)
             self._pushed_back = []
             self._progress = self._resume = progress
 
     def resume_again(self, progress: Progress) -> None:
         """Let the next pass try again to get to the place of ``progress``: an error came in between."""
         with self._lock:
+            self._load(progress)  # the loader has gone on from there, up to the error
             self._resume = progress
+
+    def _load(self, progress: Progress) -> None:
+        if progress.snapshot is not None:
+            self.loader.load_state_dict(copy.deepcopy(progress.snapshot.state))  # it may write into what it is given
 
     def check_not_forked(self) -> None:
         """Raise if this process is a fork of one in which the loader's threads run.

@@ -1,6 +1,7 @@
 """Resume: a run that is stopped anywhere and resumed hands out what the run that was not stopped does."""
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -558,6 +559,36 @@ def test_a_state_some_batches_old_and_the_reads_since_are_exact(monkeypatch: pyt
     iterator.close()
     resumed = StagedDataLoader(Stateful())
     resumed.load_state_dict(state)
+    assert taken + [float(x[0]) for x in resumed] == [101, 102, 103, 104, 105, 106]
+
+
+def test_an_error_on_the_way_from_an_older_state_does_not_lose_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader has read some of the way then: it must be put back before the next try."""
+
+    class Flaky(Stateful):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for x in super().__iter__():
+                if x[0] == 103 and flaws:
+                    raise flaws.pop()
+                yield x
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            super().load_state_dict(state)
+            state.clear()  # its own business
+
+    # A second between any two looks at the clock: one state, after the first batch, is all that the share allows.
+    monkeypatch.setattr(Keeper.__init__, "__defaults__", (1e-9, itertools.count().__next__))
+    flaws: list[OSError] = []
+    with StagedDataLoader(Flaky()) as loader:
+        iterator = iter(loader)
+        taken = [float(next(iterator)[0]) for _ in range(4)]
+        state = loader.state_dict()
+    assert (state["snapshot"]["position"], state["position"]) == (1, 4)
+    flaws.append(OSError("once"))
+    resumed = StagedDataLoader(Flaky())
+    resumed.load_state_dict(state)
+    with pytest.raises(OSError, match="once"):
+        next(iter(resumed))
     assert taken + [float(x[0]) for x in resumed] == [101, 102, 103, 104, 105, 106]
 
 
