@@ -1,5 +1,6 @@
 """The passes of a staged loader over the user's loader: which one an iteration joins, what they share, where they stand."""
 
+import copy
 import dataclasses
 import os
 import threading
@@ -103,15 +104,19 @@ class Shared:
         progress = from_state(state, self.loader)
         self.stop()
         with self._lock:
-            if progress.snapshot is not None:
-                self.loader.load_state_dict(progress.snapshot.state)
+            self._load(progress)
             self._pushed_back = []
             self._progress = self._resume = progress
 
     def resume_again(self, progress: Progress) -> None:
         """Let the next pass try again to get to the place of ``progress``: an error came in between."""
         with self._lock:
+            self._load(progress)  # the loader has gone on from there, up to the error
             self._resume = progress
+
+    def _load(self, progress: Progress) -> None:
+        if progress.snapshot is not None:
+            self.loader.load_state_dict(copy.deepcopy(progress.snapshot.state))  # it may write into what it is given
 
     def check_not_forked(self) -> None:
         """Raise if this process is a fork of one in which the loader's threads run.
@@ -163,8 +168,10 @@ class Shared:
     ) -> Progress:
         if restart is not None:
             return restart._replace(ended=False, start=restart.start or start)
-        epoch = (self._progress if resume is None else resume).epoch + 1
-        return Progress(epoch, position=self._behind if one_shot else 0, start=start)
+        before = self._progress if resume is None else resume
+        if one_shot and self._behind:  # it was begun by an earlier pass, and would be again
+            return Progress(before.epoch + 1, position=self._behind, start=before.start, first=before.first)
+        return Progress(before.epoch + 1, start=start)
 
     def _window(self) -> int:
         return self.options.most_batches + self.options.num_clients
@@ -207,6 +214,9 @@ class Epoch:
             if not self._begun:
                 if self.skip is not None:
                     self._pass_over(self.skip)
+                if self.progress.position == 0:
+                    first = Start.now(self._shared.loader)
+                    self._shared.progressed(self, self.progress._replace(first=first))
                 self.pipeline.start()
                 self._begun = True
 
@@ -215,7 +225,7 @@ class Epoch:
         if skip.count and not is_stateful(shared.loader):
             shared.recorder.warn_once("resume", ResumeWarning, skip.sentence(shared.loader))
         try:
-            skip.run(shared.options)
+            skip.run(shared.loader, shared.options)
         except StateError:
             raise
         except BaseException:
@@ -252,7 +262,7 @@ class _Skip:
         iterator: the user's.
         progress: the place.
         behind: the reads that were made already.
-        streams: the random streams that the others begin with.
+        streams: the random streams that the others begin with, unless it is known what they began with.
     """
 
     iterator: Iterator[Any]
@@ -269,10 +279,14 @@ class _Skip:
         """How many reads are missing."""
         return self.progress.position - self.behind
 
-    def run(self, options: SmartStageOptions) -> None:
+    def run(self, loader: Any, options: SmartStageOptions) -> None:
         """Read and drop; what that draws from the global random streams is undone."""
+        if not self.count:
+            return
         outside = Streams.now()
         self.streams.restore()
+        if self.behind == 0 and self.progress.first is not None:
+            self.progress.first.restore(loader)
         try:
             while self.count > 0:
                 self._read(options)

@@ -25,7 +25,7 @@ class Snapshot(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a pass was begun with: the global random streams, and the generators of the user's loader."""
+    """What a pass draws from as it begins: the global random streams, and the generators of the user's loader."""
 
     streams: Streams
     generators: States
@@ -34,6 +34,15 @@ class Start(NamedTuple):
     def now(cls, loader: Any) -> "Start":
         """Return what a pass over ``loader`` would begin with now."""
         return cls(Streams.now(), Generators(loader).now())
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any] | None) -> "Start | None":
+        """Undo `to_state`; None for None."""
+        return None if state is None else cls(Streams.from_state(state["streams"]), tuple(state["generators"]))
+
+    def to_state(self) -> dict[str, Any]:
+        """Return it as a dictionary of tensors, numbers and lists."""
+        return {"streams": self.streams.to_state(), "generators": list(self.generators)}
 
     def restore(self, loader: Any) -> None:
         """Put the streams and the loader's generators back."""
@@ -50,7 +59,8 @@ class Progress(NamedTuple):
         position: reads of the user's loader behind the last of them, also those that were ignored or dropped.
         ignored: batches that an ignored exception has skipped.
         ended: whether the loop was told of the end.
-        start: what the pass was begun with.
+        start: what the pass was begun with, when the loop asked for its iterator.
+        first: what there was at its first read, where a sampler draws its seed; None before it, or in a state that lacks it.
         snapshot: the user's loader's own state, if it has one.
     """
 
@@ -60,6 +70,7 @@ class Progress(NamedTuple):
     ignored: int = 0
     ended: bool = False
     start: Start | None = None
+    first: Start | None = None
     snapshot: Snapshot | None = None
 
 
@@ -106,7 +117,7 @@ def is_stateful(loader: Any) -> bool:
 
 def to_state(progress: Progress, loader: Any) -> dict[str, Any]:
     """Return ``progress`` as a dictionary of tensors, numbers, strings, lists and the user's loader's own state."""
-    snapshot, start = progress.snapshot, progress.start
+    snapshot, start, first = progress.snapshot, progress.start, progress.first
     return {
         "version": VERSION,
         "loader": {"type": _type_of(loader), "length": _length_of(loader)},
@@ -115,7 +126,8 @@ def to_state(progress: Progress, loader: Any) -> dict[str, Any]:
         "position": progress.position,
         "ignored": progress.ignored,
         "ended": progress.ended,
-        "start": None if start is None else {"streams": start.streams.to_state(), "generators": list(start.generators)},
+        "start": None if start is None else start.to_state(),
+        "first": None if first is None else first.to_state(),
         "snapshot": None
         if snapshot is None
         else {"position": snapshot.position, "state": copy.deepcopy(snapshot.state)},
@@ -136,7 +148,7 @@ def from_state(state: Any, loader: Any) -> Progress:
                 f"the state is of a loader of {what} {value!r}, this loader has {what} {found.get(what)!r}: its batches "
                 "would be others. Make the loader as it was when the state was taken."
             )
-    snapshot, start = state["snapshot"], state["start"]
+    snapshot = state["snapshot"]
     if snapshot is not None and not is_stateful(loader):
         raise StateError(
             f"the state holds a state of the {found['type']} itself, and this one has no load_state_dict. Make the loader as "
@@ -145,7 +157,8 @@ def from_state(state: Any, loader: Any) -> Progress:
     return Progress(
         **{name: state[name] for name in _COUNTS},
         ended=state["ended"],
-        start=None if start is None else Start(Streams.from_state(start["streams"]), tuple(start["generators"])),
+        start=Start.from_state(state["start"]),
+        first=Start.from_state(state.get("first")),
         snapshot=None if snapshot is None else Snapshot(snapshot["position"], copy.deepcopy(snapshot["state"])),
     )
 

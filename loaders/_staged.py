@@ -1,7 +1,9 @@
 """`StagedDataLoader`: the user's loader, read ahead and staged in the background."""
 
 import contextlib
+import copy
 import dataclasses
+import operator
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,7 +31,8 @@ class StagedDataLoader:
 
     Each iteration is an epoch with threads of its own, which end with it. What is handed out are the loader's batches,
     rebuilt of new objects with the same contents; `model` recognises them. Attributes that this class does not have are
-    those of ``loader`` (``loader.dataset``, ``loader.sampler``, ...).
+    those of ``loader`` (``loader.dataset``, ``loader.sampler``, ...), also where they are set. A copy and a pickle are of
+    ``loader``.
 
     Args:
         loader: any iterable of batches: a `DataLoader`, a list, a generator, an `IterableDataset`.
@@ -121,6 +124,23 @@ class StagedDataLoader:
         if name == "_shared":  # not there yet, or no longer: an error of this class, not of the loader's
             raise AttributeError(name)
         return getattr(self._shared.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A loader that looks at its own attribute (`loader.epoch = 3`) must see what the loop sets.
+        shared = vars(self).get("_shared")
+        if shared is None or name in vars(self) or hasattr(type(self), name) or not hasattr(shared.loader, name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(shared.loader, name, value)
+
+    def __bool__(self) -> bool:
+        return bool(self._shared.loader)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return operator.getitem, ((self._shared.loader,), 0)  # threads and locks stay here
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._shared.loader, memo)
 
     def __repr__(self) -> str:
         return f"StagedDataLoader({self._shared.loader!r}, name={self._shared.recorder.name!r})"

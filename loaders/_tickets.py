@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchstage._memory import memories_of, version_of
+from torchstage._memory import is_in, memories_of, state_of, version_of
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, is_text_leaf
 from torchstage.loaders._feed import bytes_of
@@ -54,7 +53,7 @@ class Ticket:
     def fill(self, parts: Parts, leaves: Sequence[Any]) -> None:
         """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one."""
         self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.inputs]
-        self._versions = [(name, tensor, _state_of(tensor)) for name, tensor in parts.reads]
+        self._versions = [(name, tensor, state_of(tensor)) for name, tensor in parts.reads]
         self._values = parts.run_stage(leaves)
         self._rows = parts.gather(leaves, self._values)
         self._value_versions = [(v, version_of(v)) for v in self._values if isinstance(v, torch.Tensor)]
@@ -92,7 +91,7 @@ class Ticket:
             if not snapshot.holds(leaves[position]):
                 return "batch written", None
         for name, tensor, version in self._versions:
-            if tensor.requires_grad or not _is_in(tensor, version):
+            if tensor.requires_grad or not is_in(tensor, version):
                 return "frozen state changed", name
         for value, version in self._value_versions:
             if version_of(value) != version:
@@ -213,23 +212,6 @@ def _key_leaf(leaves: Sequence[Any]) -> Any:
             if text is None:
                 text = leaf
     return text
-
-
-def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Its version, and its memory, which an assignment to ``.data`` replaces without a new version.
-
-    The weak reference keeps the address of memory that is gone from being given out again, to look like it.
-    """
-    storage = StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else None
-    return tensor._version, storage, tensor.dtype
-
-
-def _is_in(tensor: torch.Tensor, state: tuple[Any, ...]) -> bool:
-    """Whether `_state_of` would be equal; without a new weak reference, at every step."""
-    version, storage, dtype = state
-    if tensor._version != version or tensor.dtype != dtype or (tensor.layout is torch.strided) != (storage is not None):
-        return False
-    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
 
 
 def _is_weak(leaf: object) -> bool:

@@ -63,6 +63,30 @@ def test_a_batch_written_in_place_is_noticed() -> None:
     check(Frozen(), lambda _, x: x.add_(1), "batch written", "batch written.*Write to a copy")
 
 
+@pytest.mark.parametrize("replace", [lambda x: x + 1, lambda x: x[:2], lambda x: x.flip(0)])
+def test_a_batch_whose_data_is_replaced_is_noticed(replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def change(_: Any, x: torch.Tensor) -> None:
+        x.data = replace(x)
+
+    check(Scale(), change, "batch written")
+
+
+def test_a_frozen_buffer_that_becomes_another_view_of_its_memory_is_noticed() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mix", torch.arange(9.0).reshape(3, 3))
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.sin() @ self.mix) * self.weight
+
+    def change(model: Any, _: torch.Tensor) -> None:
+        model.mix.data = model.mix.data.t()
+
+    check(Mixed(), change, "frozen state changed", r"frozen state changed \(mix\)")
+
+
 def test_a_frozen_buffer_written_in_place_is_noticed() -> None:
     def change(model: Any, _: torch.Tensor) -> None:
         model.mean.add_(1)
@@ -116,6 +140,29 @@ def test_a_changed_model_is_noticed_and_captured_again(change: Callable[[Any], N
     assert used[:3] == [True] * 3
     assert used[3] is False
     assert used[-5:] == [True] * 5  # captured again, and staged with the new model
+
+
+def test_a_global_with_the_name_of_an_attribute_is_none_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a script or a notebook a loop's own names, which change at every step, are globals of the model's too."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.loss(x.sin()).double()
+
+    monkeypatch.setitem(globals(), "loss", None)
+    monkeypatch.setitem(globals(), "sin", [])
+    monkeypatch.setitem(globals(), "double", 0)
+    staged, loader = torchstage.smart_stage(Net(), numbers(4))
+    for step, x in enumerate(loader):
+        monkeypatch.setitem(globals(), "loss", staged(x))
+        monkeypatch.setitem(globals(), "sin", [step])
+        monkeypatch.setitem(globals(), "double", step)
+    assert loader.stats.staged_steps == 4
+    assert loader.stats.fallbacks == {}
 
 
 def test_a_model_that_keeps_changing_is_left_alone_after_a_while() -> None:

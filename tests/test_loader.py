@@ -1,6 +1,7 @@
 """`StagedDataLoader` and `smart_stage` as a user meets them."""
 
 import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import torchstage
 from tests.support import Clicks, Scale, assert_same, assert_same_training, click_data, click_loader, numbers, train
@@ -56,6 +57,45 @@ def test_other_attributes_are_the_loaders() -> None:
     assert ours.batch_size == 32
     with pytest.raises(AttributeError, match="nonsense"):
         ours.nonsense  # noqa: B018
+
+
+def test_an_attribute_that_the_loader_has_is_set_on_the_loader() -> None:
+    """A loader of the user's that shuffles by its own ``epoch`` must see the loop's."""
+
+    class Shuffled:
+        epoch = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch))
+            return iter([numbers(8)[i] for i in order])
+
+    def passes(loader: Any) -> list[torch.Tensor]:
+        taken = []
+        for loader.epoch in range(3):
+            taken += list(loader)
+        return taken
+
+    assert_same(passes(Shuffled()), passes(StagedDataLoader(Shuffled())))
+    ours: Any = StagedDataLoader(click_loader())
+    with pytest.raises(ValueError, match="batch_size attribute should not be set"):
+        ours.batch_size = 3
+    ours.note = "mine"
+    assert not hasattr(ours._shared.loader, "note")
+
+
+def test_a_copy_and_a_pickle_are_of_the_loader_also_while_it_runs() -> None:
+    staged, ours = smart_stage(Scale(), DataLoader(TensorDataset(torch.arange(6.0)), 2))
+    x = next(iter(ours))[0]
+    for theirs in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(theirs) is DataLoader
+        assert_same([batch[0] for batch in theirs], [batch[0] for batch in ours])
+    assert torch.equal(staged(x), Scale()(x))
+    ours.close()
+
+
+def test_a_loader_without_a_length_is_true() -> None:
+    assert StagedDataLoader(iter(numbers(2)))
+    assert not StagedDataLoader([])
 
 
 def test_it_works_without_a_model_and_with_one_directly() -> None:

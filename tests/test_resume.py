@@ -1,6 +1,7 @@
 """Resume: a run that is stopped anywhere and resumed hands out what the run that was not stopped does."""
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -251,6 +252,54 @@ def test_batches_that_were_ignored_are_passed_over_again(stop_at: int) -> None:
     more.load_state_dict(state)
     with pytest.raises(ValueError, match="row 9"):  # the fourth of the pass
         list(more)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_two_passes_side_by_side_are_resumed_in_their_orders(stop_at: int) -> None:
+    """`zip` asks for both iterators before it reads, and each iterator draws: so does a sampler at its first read."""
+
+    def pairs(loaders: list[Any]) -> Iterator[list[torch.Tensor]]:
+        return (list(pair) for pair in zip(*loaders, strict=True))
+
+    def make() -> list[Any]:
+        return [LOADERS["shuffled"](), LOADERS["shuffled by a generator"](), LOADERS["shuffled"]()]
+
+    torch.manual_seed(0)
+    plain = list(pairs(make()))
+    torch.manual_seed(0)
+    loaders = [StagedDataLoader(loader, capacity=2) for loader in make()]
+    taken = [pair for _, pair in zip(range(stop_at), pairs(loaders), strict=False)]
+    states, random = [loader.state_dict() for loader in loaders], torch.get_rng_state()
+    torch.manual_seed(12345)
+    loaders = [StagedDataLoader(loader, capacity=2) for loader in make()]
+    for loader, state in zip(loaders, states, strict=True):
+        loader.load_state_dict(state)
+    torch.set_rng_state(random)
+    for expected, found in zip(plain, [*taken, *pairs(loaders)], strict=True):
+        assert_same(expected, found)
+
+
+def test_a_generator_that_shuffles_is_resumed_from_its_beginning() -> None:
+    """Its second pass draws nothing: the state of that one must hold what the first began with."""
+
+    def shuffled() -> Iterator[torch.Tensor]:
+        yield from numbers(12)[:1]
+        yield from [numbers(12)[i] for i in torch.randperm(12)]
+
+    def take(loader: StagedDataLoader, count: int) -> list[torch.Tensor]:
+        return [x for _, x in zip(range(count), loader, strict=False)]
+
+    torch.manual_seed(0)
+    with StagedDataLoader(shuffled()) as loader:
+        take(loader, 3)
+        torch.rand(5)
+        take(loader, 2)
+        state = loader.state_dict()
+        rest = list(loader)
+    torch.manual_seed(12345)
+    with StagedDataLoader(shuffled()) as loader:
+        loader.load_state_dict(state)
+        assert_same(rest, list(loader))
 
 
 @pytest.mark.parametrize("num_clients", [2, 3])
@@ -510,6 +559,36 @@ def test_a_state_some_batches_old_and_the_reads_since_are_exact(monkeypatch: pyt
     iterator.close()
     resumed = StagedDataLoader(Stateful())
     resumed.load_state_dict(state)
+    assert taken + [float(x[0]) for x in resumed] == [101, 102, 103, 104, 105, 106]
+
+
+def test_an_error_on_the_way_from_an_older_state_does_not_lose_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader has read some of the way then: it must be put back before the next try."""
+
+    class Flaky(Stateful):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for x in super().__iter__():
+                if x[0] == 103 and flaws:
+                    raise flaws.pop()
+                yield x
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            super().load_state_dict(state)
+            state.clear()  # its own business
+
+    # A second between any two looks at the clock: one state, after the first batch, is all that the share allows.
+    monkeypatch.setattr(Keeper.__init__, "__defaults__", (1e-9, itertools.count().__next__))
+    flaws: list[OSError] = []
+    with StagedDataLoader(Flaky()) as loader:
+        iterator = iter(loader)
+        taken = [float(next(iterator)[0]) for _ in range(4)]
+        state = loader.state_dict()
+    assert (state["snapshot"]["position"], state["position"]) == (1, 4)
+    flaws.append(OSError("once"))
+    resumed = StagedDataLoader(Flaky())
+    resumed.load_state_dict(state)
+    with pytest.raises(OSError, match="once"):
+        next(iter(resumed))
     assert taken + [float(x[0]) for x in resumed] == [101, 102, 103, 104, 105, 106]
 
 

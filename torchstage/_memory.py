@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -53,6 +54,30 @@ def version_of(tensor: torch.Tensor) -> Any:
     if type(tensor) in _DENSE or not is_traceable_wrapper_subclass(tensor):
         return tensor._version
     return (tensor._version, *[part._version for part in parts_of(tensor)])
+
+
+def state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what a write to ``tensor``, or an assignment to its ``.data``, which makes no new version, changes.
+
+    The weak reference keeps the address of memory that is gone from being given out again, to look like it.
+    """
+    storage = StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+    return version_of(tensor), storage, tensor.dtype, _place_of(tensor)
+
+
+def is_in(tensor: torch.Tensor, state: tuple[Any, ...]) -> bool:
+    """Whether `state_of` would be equal; without a new weak reference, at every step."""
+    version, storage, dtype, place = state
+    if version_of(tensor) != version or tensor.dtype != dtype or _place_of(tensor) != place:
+        return False
+    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
+
+
+def _place_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Where in its memory a dense tensor's elements are; None of others, whose layout it is not."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return None
+    return tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def share_memory(leaves: Iterable[Any]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchstage._memory import copy_tensor, has_default_behaviour, memory_of, version_of
+from torchstage._memory import copy_tensor, has_default_behaviour, is_in, memory_of, state_of
 from torchstage._objects import Structure, open_tree
 
 __all__ = [
@@ -191,12 +191,12 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def of(cls, leaf: Any) -> "Snapshot":
-        """Take a snapshot: of a tensor its version counter, of everything else its content.
+        """Take a snapshot: of a tensor its version counter and its memory, of everything else its content.
 
         NumPy arrays and lists have no version counter, so theirs is a copy.
         """
         if isinstance(leaf, torch.Tensor):
-            return cls(version_of(leaf), None)
+            return cls(state_of(leaf), None)
         if isinstance(leaf, np.ndarray):
             return cls(None, (leaf.shape, _contents(leaf)))
         return cls(None, _copy_text(leaf) if is_text_leaf(leaf) else leaf)
@@ -204,7 +204,7 @@ class Snapshot(NamedTuple):
     def holds(self, leaf: Any) -> bool:
         """Whether ``leaf``, the object the snapshot was taken of, has not been written since."""
         if self.version is not None:
-            return bool(version_of(leaf) == self.version)
+            return is_in(leaf, self.version)
         if isinstance(leaf, np.ndarray):
             shape, before = self.content
             if leaf.dtype == object:

@@ -119,7 +119,7 @@ class Watch:
         names = frame.f_code.co_names
         if _is_standard(frame):
             return
-        for name in names:
+        for name in _globals_of(frame.f_code):
             if name in frame.f_globals:
                 value = frame.f_globals[name]
                 self._note(frame.f_globals, name, value)
@@ -173,6 +173,13 @@ def _equal_items(container: Any, before: Any) -> bool:
 @functools.cache
 def _stores_global(code: types.CodeType) -> bool:
     return any(instruction.opname == "STORE_GLOBAL" for instruction in dis.get_instructions(code))
+
+
+@functools.cache
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that may be globals, and not only attributes: `self.loss` has nothing to do with a loop's ``loss``."""
+    named = [i for i in dis.get_instructions(code) if i.opcode in dis.hasname]
+    return tuple(dict.fromkeys(i.argval for i in named if not i.opname.endswith(("_ATTR", "_METHOD"))))
 
 
 def _is_standard(frame: types.FrameType) -> bool:
