@@ -38,6 +38,7 @@ NAMES_AND_DEFAULTS = {
     "verify": 0,
     "max_ignored": None,
     "keep_random_order": True,
+    "bypass": True,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"

@@ -114,11 +114,6 @@ class SmartStageOptions:
     differs; ``stats.verified`` counts the steps that were equal. The run's numbers stay the same. A compared step runs the
     model three times more, on a copy that shares the parameters, and keeps its graph for a second backward. 0: none."""
 
-    bypass: bool = True
-    """Whether some steps run the plain forward now and then, to see if they are faster, and staging is off for some thousand
-    batches where they are; that is warned about once, and ``stats.fallbacks["bypassed"]`` counts such steps. False: what can
-    be staged is. Not done with ``lookups="stale"``, whose numbers are not those of the plain forward."""
-
     max_ignored: int | None = None
     """How many batches of one pass over the loader ``ignored_exception_types`` may skip; the next exception is raised,
     whatever its type. None: any number."""
@@ -127,6 +122,11 @@ class SmartStageOptions:
     """Whether a loader whose reading draws from a global random stream (torch's, NumPy's or Python's, in this process) is
     read only when the step asks for a batch, as the plain loop does, so that the numbers stay the same. Nothing overlaps
     then, which is warned about. False: read ahead all the same; the numbers may differ from the plain loop's."""
+
+    bypass: bool = True
+    """Whether some steps run the plain forward now and then, to see if they are faster, and staging is off for some thousand
+    batches where they are; that is warned about once, and ``stats.fallbacks["bypassed"]`` counts such steps. False: what can
+    be staged is. Not done with ``lookups="stale"``, whose numbers are not those of the plain forward."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
