@@ -146,7 +146,7 @@ def test_steps_may_run_in_the_executor_of_an_asyncio_program() -> None:
 
 
 def test_a_thousand_short_passes_leave_no_thread_no_file_and_no_memory() -> None:
-    staged, loader = torchstage.smart_stage(Scale(), numbers(3), num_threads=2, capacity=2)
+    staged, loader = torchstage.smart_stage(Scale(), numbers(3), num_threads=2, capacity=2, bypass=False)
 
     def passes(count: int) -> None:
         for _ in range(count):
