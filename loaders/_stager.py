@@ -8,7 +8,6 @@ changes, a model that was edited.
 import collections
 import contextlib
 import dataclasses
-import functools
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,23 +16,22 @@ import torch
 
 from torchstage._memory import has_unseen_writes
 from torchstage._mode import Ambient, Mode
-from torchstage._structure import TreeSpec, flatten, is_tracked, unflatten
+from torchstage._structure import TreeSpec, flatten, unflatten
 from torchstage._threads import StageThreadPool
-from torchstage.errors import EmptyStageWarning, FallbackWarning, TorchstageWarning
+from torchstage.errors import FallbackWarning, TorchstageWarning
 from torchstage.loaders._bypass import Bypass
-from torchstage.loaders._graphs import ANOTHER_WAY, GraphParts
+from torchstage.loaders._graphs import ANOTHER_WAY
 from torchstage.loaders._planner import Search
 from torchstage.loaders._replay import ReplayParts, record
-from torchstage.loaders._rungs import capture_whole
 from torchstage.loaders._source import Batch
-from torchstage.loaders._staging import Staging, make_staging
+from torchstage.loaders._staging import Staging
+from torchstage.loaders._stagings import Stagings
 from torchstage.loaders._tickets import Ticket
 from torchstage.loaders._verify import Verifier
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._binding import Binder
 from torchstage.transforms._captured import Capture
-from torchstage.transforms._mirror import STATE_CHANGES
 from torchstage.transforms._plan import Plan
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -70,19 +68,14 @@ class Stager:
         self._model = model
         self._options = options
         self._binder = binder
-        self._pool = pool
         self._bypass = Bypass(options.most_batches) if options.bypass and options.lookups != "stale" else None
         self._lock = threading.Lock()
+        self._stagings = Stagings(model, options, binder.method, pool, recorder)
         self._current: Staging | None = None
-        self._stagings: dict[Mode, Staging] = {}
-        self._captures: dict[Mode, Capture | str] = {}
-        self._searches: dict[Mode, Search] = {}
         self._ambients: dict[tuple[bool, ...], Ambient] = {}
-        self._changing: set[str] = set()
         self._refusals: dict[object, int] = {}
         self._recaptures = 0
         self._astray = -1, 0  # how many steps had been staged at the first of how many that took another way
-        self._graph_training = model.training
         self._workers: set[int] = set()  # adding and discarding are atomic
         self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.most_threads)
 
@@ -92,7 +85,7 @@ class Stager:
         staging = self._current
         if staging is None:
             return None
-        search = self._search_of(staging)
+        search = self._stagings.search_of(staging)
         figures, plan = self.recorder.tables(), staging.plan if search is None else search.plan
         tables = [dataclasses.replace(table, figures=figures.get(table.name)) for table in plan.tables]
         return dataclasses.replace(plan, tables=tuple(tables))
@@ -103,7 +96,7 @@ class Stager:
         staging = self._current
         if staging is None:
             return False
-        search = self._search_of(staging)
+        search = self._stagings.search_of(staging)
         return (staging if search is None else search.chosen).parts is not None
 
     def prepare(self, batch: Any) -> None:
@@ -119,7 +112,7 @@ class Stager:
         training = tuple([module.training for module in self._model.modules()])
         mode = Mode(training, self._ambients.get(training) or Ambient.now())
         with self._lock:
-            self._current = self._staging_for(mode, call)
+            self._current = self._stagings.of(mode, call)
 
     def stage(self, batch: Batch) -> Bound | None:
         """Stage a handed-out batch: bind it, run the stage graph, and return its ticket. Runs on a worker.
@@ -128,7 +121,7 @@ class Stager:
         """
         self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
-        search = None if staging is None else self._search_of(staging)
+        search = None if staging is None else self._stagings.search_of(staging)
         if search is not None:
             staging = search.next()
         if staging is None or (staging.parts is None and staging.recording is None):
@@ -208,24 +201,11 @@ class Stager:
         with self._lock:
             if self._in_force(ticket.staging):
                 mode, again = ticket.staging.mode, unflatten(leaves, spec)
-                whole = self._capture_settled(mode, again)
+                whole = self._stagings.capture_settled(mode, again)
                 recorded = dataclasses.replace(captured, obstacle=ticket.staging.plan.why_empty())
-                self._captures[mode] = recorded if whole is None else whole
-                self._current = self._replan(mode, self._captures[mode], again)
+                self._current = self._stagings.plan(mode, recorded if whole is None else whole, again)
         self.recorder.emit(stacklevel=6)
         return result
-
-    def _capture_settled(self, mode: Mode, call: Call) -> Capture | None:
-        """Capture a forward whole that could not be, since its first call changes the model's Python state.
-
-        Many fill in a setting or a cache in their first call only, which has been made now. One that changes its state in
-        every call fails here as it did before.
-        """
-        why = self._captures[mode]
-        if not isinstance(why, str) or not any(change in why for change in STATE_CHANGES):
-            return None
-        captured = self._capture(call)
-        return None if isinstance(captured, str) or captured.opaque else captured
 
     def ran(self, ticket: Ticket, leaves: list[Any], spec: TreeSpec) -> None:
         """Note that a step ran on what was staged for it."""
@@ -234,11 +214,10 @@ class Stager:
         if not varying:
             return
         with self._lock:
-            captured = self._captures.get(ticket.staging.mode)
+            captured = self._stagings.captured(ticket.staging.mode)
             if ticket.staging is self._current and isinstance(captured, Capture):
                 captured = dataclasses.replace(captured, varying=captured.varying.union(varying))
-                self._captures[ticket.staging.mode] = captured
-                self._current = self._replan(ticket.staging.mode, captured, unflatten(leaves, spec))
+                self._current = self._stagings.plan(ticket.staging.mode, captured, unflatten(leaves, spec))
         self.recorder.emit(stacklevel=6)
 
     def _adapt(self, staging: Staging, reason: str, about: Any, call: Call) -> None:
@@ -247,19 +226,16 @@ class Stager:
             if self._count(about) >= 2:
                 self._refusals.pop(about)
                 self._ambients[about.training] = about.ambient
-                self._current = self._staging_for(about, call)
+                self._current = self._stagings.of(about, call)
         elif reason.startswith(ANOTHER_WAY):
             self._take_another_way(staging, reason, call)
         elif reason == "frozen state changed":
             if self._count(about) >= 2:
-                self._changing.add(about)
-                self._stagings.clear()
-                self._current = self._replan(staging.mode, self._captures[staging.mode], call)
+                self._current = self._stagings.leave_to_the_step(about, staging.mode, call)
         elif reason == "model changed" and self._recaptures < _MOST_RECAPTURES:
             self._recaptures += 1
-            self._stagings.clear()
-            self._captures.clear()
-            self._current = self._staging_for(Mode.now(tuple(self._model.modules())), call)
+            self._stagings.forget()
+            self._current = self._stagings.of(Mode.now(tuple(self._model.modules())), call)
         elif reason == "model changed":
             self._recaptures += 1
             self._current = None
@@ -273,78 +249,22 @@ class Stager:
         if self._astray[1] < _MOST_OTHER_WAYS:
             return
         self._astray = -1, 0
-        self._stagings.pop(staging.mode, None)
         if self._count("way") <= _MOST_WAYS:
-            self._captures[staging.mode] = self._capture(call)
+            captured: Capture | str = self._stagings.capture(call)
         else:
-            self._captures[staging.mode] = reason
-        self._current = self._replan(staging.mode, self._captures[staging.mode], call)
-
-    def _search_of(self, staging: Staging) -> Search | None:
-        """Return the search for the best cut that began with ``staging``."""
-        search = self._searches.get(staging.mode)
-        return search if search is not None and search.largest is staging else None
+            captured = reason
+        self._current = self._stagings.plan(staging.mode, captured, call)
 
     def _in_force(self, staging: Staging) -> bool:
         """Whether batches are staged with ``staging``, or with what its search chose from."""
         if self._current is None:
             return False
-        search = self._search_of(self._current)
+        search = self._stagings.search_of(self._current)
         return staging is self._current if search is None else search.knows(staging)
 
     def _count(self, what: object) -> int:
         self._refusals[what] = self._refusals.get(what, 0) + 1
         return self._refusals[what]
-
-    def _staging_for(self, mode: Mode, call: Call) -> Staging:
-        known = self._stagings.get(mode)
-        if known is not None and (known.parts is None or known.parts.changed() is None):
-            return known
-        self._captures[mode] = self._capture(call)
-        return self._replan(mode, self._captures[mode], call)
-
-    def _replan(self, mode: Mode, captured: Capture | str, call: Call) -> Staging:
-        tracked = [is_tracked(leaf) for leaf in flatten(call)[0]]
-        staging = make_staging(
-            self._model,
-            mode,
-            captured,
-            changing=frozenset(self._changing),
-            watched=lambda position: tracked[position],
-            pool=self._pool,
-            options=self._options,
-            recorder=self.recorder,
-        )
-        if len(self._stagings) >= _MOST_MODES:
-            self._stagings.clear()
-        self._stagings[mode] = staging
-        self._searches = {m: s for m, s in self._searches.items() if self._stagings.get(m) is s.largest}
-        if self._options.planner == "cost" and staging.plan.lifted and isinstance(staging.parts, GraphParts):
-            assert isinstance(captured, Capture)
-            self._searches[mode] = self._search(staging, staging.parts, captured)
-        if staging.parts is None and staging.recording is None:
-            name, why = type(self._model).__name__, staging.plan.why_empty()
-            message = f"nothing of {name} can be staged: {why}. Batches are still prefetched."
-            self.recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
-        return staging
-
-    def _search(self, staging: Staging, base: GraphParts, captured: Capture) -> Search:
-        build = functools.partial(
-            GraphParts,
-            self._model,
-            captured,
-            mode=staging.mode,
-            pool=self._pool,
-            options=self._options,
-            recorder=self.recorder,
-        )
-        return Search(staging, captured, lambda plan: build(plan=plan, base=base), self._options, self.recorder)
-
-    def _capture(self, call: Call) -> Capture | str:
-        source: Any = self._model
-        if self._options.graph is not None and self._model.training == self._graph_training:
-            source = self._options.graph
-        return capture_whole(source, call, self._binder.method)
 
     def _explain(self, reason: str, about: Any) -> str:
         detail = f" ({about})" if isinstance(about, str) else ""
@@ -364,7 +284,6 @@ RECORDED = "the forward is recorded"
 _MOST_RECAPTURES = 8
 _MOST_WAYS = 2  # captures for other shapes than the first
 _MOST_OTHER_WAYS = 3  # steps in a row that a capture did not fit
-_MOST_MODES = 16
 _GAVE_UP = "the model keeps changing ({}): staging is off from here on, batches are still prefetched."
 _ADVICE_MODE = "Staging follows the mode that the steps run in after two of them. "
 _ADVICE = {

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import torchstage
 from tests.support import assert_same, assert_same_training, click_loader
 from torchstage._structure import flatten
-from torchstage.loaders import _stager
+from torchstage.loaders import _stagings
 from torchstage.loaders._rungs import _is_alone
 from torchstage.transforms import Capture, UntraceableError, lift, make_plan
 from torchstage.transforms._acceptance import check
@@ -382,7 +382,7 @@ def test_lookups_of_an_exported_forward_are_gathered_ahead(sparse: bool) -> None
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_an_exported_forward_trains_as_the_plain_one(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stager, "capture_whole", lambda model, call, _: export_forward(model, *call))
+    monkeypatch.setattr(_stagings, "capture_whole", lambda model, call, _: export_forward(model, *call))
     model = Lookups(sparse=sparse)
     if not sparse:
         loader = assert_same_training(model, click_loader, num_threads=2, capacity=2)

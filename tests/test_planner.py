@@ -134,7 +134,7 @@ def test_the_search_begins_again_after_many_batches(monkeypatch: pytest.MonkeyPa
     loader = assert_same_training(Masked(), lambda: masked_batches(3 * STEPS), epochs=1)
     stager = loader._shared.stager
     assert stager is not None
-    (search,) = stager._searches.values()
+    (search,) = stager._stagings._searches.values()
     assert search._hold >= 20
 
 
@@ -169,8 +169,8 @@ def test_modes_have_searches_of_their_own(dear: str) -> None:
     assert_same(plain, seen)
     stager = loader._shared.stager
     assert stager is not None
-    assert len(stager._searches) == 2
-    assert all(search.plan.measured is not None for search in stager._searches.values())
+    assert len(stager._stagings._searches) == 2
+    assert all(search.plan.measured is not None for search in stager._stagings._searches.values())
 
 
 class Drifting(nn.Module):
@@ -210,7 +210,7 @@ def test_the_largest_rule_searches_nothing() -> None:
     plan = plan_of(loader)
     assert (plan.planner, plan.predicted, plan.measured) == ("max", None, None)
     assert loader._shared.stager is not None
-    assert loader._shared.stager._searches == {}
+    assert loader._shared.stager._stagings._searches == {}
 
 
 def test_a_flaw_of_the_search_does_not_cost_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
