@@ -37,7 +37,6 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchstage._channel import Channel
@@ -47,13 +46,11 @@ from torchstage.errors import (
     DroppedBatchWarning,
     PutTimeoutError,
     RandomStreamWarning,
-    TorchstageWarning,
     add_note,
 )
-from torchstage.loaders._crew import Crew
-from torchstage.loaders._feed import Feed, bytes_of
 from torchstage.loaders._gate import GATE
 from torchstage.loaders._reader import Read, Reader
+from torchstage.loaders._sizes import Sizes
 from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Bound, Stager
 from torchstage.loaders._tuner import Tuner
@@ -108,12 +105,11 @@ class Pipeline:
         self.recorder = recorder
         self.stager = stager
         self.ignored = ignored
-        self.crew = Crew(recorder.name, options.num_threads if tuner is None else tuner.feed.num_threads)
-        self.channel: Channel[Item] = Channel(options.capacity if tuner is None else tuner.feed.capacity)
-        self._tuner = tuner
+        self._sizes = Sizes(options, recorder, tuner)
+        self.crew = self._sizes.crew
+        self.channel: Channel[Item] = self._sizes.channel
         self._in_step = False
         self._taking = threading.Lock()
-        self._worker = threading.local()
         self._holding_back = options.num_clients == 1
 
     def start(self) -> None:
@@ -126,19 +122,10 @@ class Pipeline:
         first = self._first()
         if first is not None and self.stager is not None:
             self.stager.prepare(first.value)
-        self._tell_tuner(Tuner.begin)
+        self._sizes.begin()
         self._in_step = not self.reader.order.ahead
         if not self._in_step:
-            self._go_ahead()
-
-    def _go_ahead(self) -> None:
-        """Start the workers."""
-        tuner = self._tuner
-        if tuner is None:
-            self.resize(self.crew.num_threads, self.channel.capacity)
-        else:
-            self.resize(1, self.channel.capacity)
-            self._obey(tuner.feed)  # more than one were not asked for by the user: without them it goes on
+            self._sizes.start(functools.partial(_work, self))
 
     def resize(self, num_threads: int, capacity: int) -> None:
         """Go on with so many workers and so much room in the buffer, from the next batch on.
@@ -146,8 +133,7 @@ class Pipeline:
         Raises:
             RuntimeError: the system starts no more threads; those that there are go on.
         """
-        self.channel.resize(capacity)
-        self.crew.resize(num_threads, functools.partial(_work, self))
+        self._sizes.resize(num_threads, capacity, functools.partial(_work, self))
 
     def _first(self) -> Batch | None:
         while True:
@@ -181,7 +167,7 @@ class Pipeline:
             self.stager.taken(item.bound.ticket)
         wait = time.perf_counter() - started
         self.recorder.took(wait, occupancy)
-        self._tell_tuner(lambda tuner: tuner.took(wait, ready, crowded))
+        self._sizes.took(wait, ready, crowded)
         assert isinstance(item.outcome, Batch)
         item.outcome.check_not_overwritten(item.number)
         return item
@@ -222,7 +208,7 @@ class Pipeline:
             self.channel.skip(item.number)
             if order.ahead:
                 self._in_step = False
-                self._go_ahead()
+                self._sizes.start(functools.partial(_work, self))
             elif order.ahead is False:
                 self.recorder.warn_once("draws", RandomStreamWarning, order.sentence())
             return item
@@ -257,7 +243,7 @@ class Pipeline:
             item = self._stage(got)
         if item is not None:
             self._put(item)
-            self._tell_tuner(self._tune)
+            self._sizes.tune(functools.partial(_work, self))
 
     def _stage(self, got: Read) -> Item | None:
         """Stage one batch; None if it is the end or an error, after which there is no other."""
@@ -273,7 +259,7 @@ class Pipeline:
             return self._failed(got, error, f"staging batch {got.number} raised {error!r}")
         seconds = time.perf_counter() - started
         self.recorder.staged(got.seconds, None if bound is None else seconds)
-        self._tell_tuner(lambda tuner: tuner.staged(*self._costs_of(batch, bound, got.seconds, seconds)))
+        self._sizes.staged(batch, bound, got.seconds, seconds)
         return Item(got, batch, bound)
 
     def _failed(self, got: Read, error: BaseException, what: str) -> Item | None:
@@ -286,40 +272,6 @@ class Pipeline:
         else:
             self._fail(got.number, error)
         return None
-
-    def _costs_of(
-        self, batch: Batch, bound: Bound | None, read: float, stage: float
-    ) -> tuple[float, float, float, int]:
-        """Return what a batch took, the last of it its bytes; see `Tuner.staged`."""
-        spent, self._worker.spent = getattr(self._worker, "spent", 0.0), time.thread_time()
-        nbytes = bytes_of(batch.leaves) + (0 if bound is None else bound.ticket.nbytes)
-        return read, read + stage, self._worker.spent - spent, nbytes
-
-    def _tell_tuner(self, what: Callable[[Tuner], object]) -> None:
-        """Do something with the tuner, if there is one. A flaw in it must not cost the user's run."""
-        tuner = self._tuner
-        if tuner is None:
-            return
-        try:
-            what(tuner)
-        except Exception as error:  # noqa: BLE001
-            self._tuner = None
-            told = f"tuning failed and is off until the next epoch: {error!r}"
-            self.recorder.warn_once("tuning", TorchstageWarning, told)
-
-    def _tune(self, tuner: Tuner) -> None:
-        tuner.tick()
-        self._obey(tuner.feed)
-
-    def _obey(self, feed: Feed) -> None:
-        wanted = (feed.num_threads, feed.capacity)
-        if wanted == (self.crew.num_threads, self.channel.capacity):
-            return
-        try:
-            self.resize(*wanted)
-        except RuntimeError as error:  # the system has no more threads; those that there are go on
-            feed.put_back(self.crew.num_threads)
-            self.recorder.warn_once("threads", TorchstageWarning, f"no more threads can be started: {error}")
 
     def _put(self, item: Item) -> None:
         index, timeout = item.number, self.options.timeout_millis / 1e3
