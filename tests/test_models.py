@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import torchstage
-from benchmarks.models import MODELS, Batch, Columns, Recipe, Rows
+from benchmarks.models import MODELS, Batch, Columns, Recipe, Rows, dssm
 from benchmarks.models import _amazon as amazon
 from benchmarks.models import _criteo as criteo
-from benchmarks.models import dssm
 from benchmarks.models._rows import Draw, decimal, hexadecimal, joined
 from benchmarks.models.dien import AttentionGRU
 from benchmarks.models.dlrm import DLRM
@@ -118,7 +117,7 @@ def test_every_parameter_learns(name: str) -> None:
 @pytest.mark.parametrize("name", ["DIN", "DIEN"])
 def test_padding_does_not_count(name: str) -> None:
     """Row 0 of the item table stands in every padded place; a row without it in its history must not see it change."""
-    model = MODELS[name].build().eval()
+    model: Any = MODELS[name].build().eval()
     rows = MODELS[name].rows(8, seed=4)
     assert bool((ops.string_to_hash_bucket(_entries(rows.columns["history_items"]), amazon.ITEMS) != 0).all())
     before = model(rows.columns)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.models._layers import mlp
-from benchmarks.models._rows import Columns, Draw, Rows, decimal, joined
+from benchmarks.models._rows import Columns, Draw, Int64s, Rows, decimal, joined
 from torchstage import ops
 
 BATCH_SIZE = 512
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def forward(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return weights float32 [rows, entries] that sum to 1 over a history, for [rows, dim] and [rows, entries, dim]."""
         query = query.unsqueeze(1).expand_as(keys)
-        scores = self.score(torch.cat([query, keys, query - keys, query * keys], dim=2)).squeeze(2)
+        scores: torch.Tensor = self.score(torch.cat([query, keys, query - keys, query * keys], dim=2)).squeeze(2)
         return scores.masked_fill(~mask, -1e9).softmax(1)
 
 
@@ -100,8 +100,7 @@ def rows(count: int, seed: int, epochs: int = 1, batch_size: int = BATCH_SIZE) -
     return Rows(columns, draw.labels(BOUGHT), batch_size, epochs)
 
 
-def _category(items: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+def _category(items: Int64s) -> Int64s:
     """Return the category of each item, always the same; a few hold most of the items."""
     share = (items * 7919 % 10_007) / 10_007
-    categories = (float(CATEGORIES) ** share).astype(np.int64) - 1
-    return categories
+    return (float(CATEGORIES) ** share).astype(np.int64) - 1

@@ -24,9 +24,7 @@ CLICKED = 0.25
 def rows(count: int, seed: int, epochs: int = 1, batch_size: int = BATCH_SIZE) -> Rows:
     """Return made-up click logs."""
     draw = Draw(count, seed)
-    columns: Columns = {
-        name: draw.counts(low, high, EMPTY) for name, low, high in zip(NUMBERS, LOW, HIGH, strict=True)
-    }
+    columns: Columns = {name: draw.counts(low, high, EMPTY) for name, low, high in zip(NUMBERS, LOW, HIGH, strict=True)}
     for number, (name, values) in enumerate(zip(TEXTS, DISTINCT, strict=True)):
         columns[name] = draw.emptied(hexadecimal(draw.ranks(values), number), EMPTY)
     return Rows(columns, draw.labels(CLICKED), batch_size, epochs)

@@ -30,14 +30,16 @@ class HashedTables(nn.Module):
     def __init__(self, buckets: Mapping[str, int], dim: int) -> None:
         super().__init__()
         self.buckets = dict(buckets)
-        self.tables = nn.ModuleDict({name: nn.Embedding(rows, dim, sparse=True) for name, rows in buckets.items()})
-        for table in self.tables.values():
+        tables = {name: nn.Embedding(rows, dim, sparse=True) for name, rows in buckets.items()}
+        for table in tables.values():
             nn.init.normal_(table.weight, std=0.05)
+        self.tables = nn.ModuleDict(tables)
 
     def forward(self, texts: Texts) -> list[torch.Tensor]:
         """Return float32 [rows, dim] of each column."""
+        device = next(self.parameters()).device
         rows = []
-        for name, table in self.tables.items():
-            ids = ops.string_to_hash_bucket(texts[name], self.buckets[name])
-            rows.append(table(ids.to(table.weight.device)))
+        for name, buckets in self.buckets.items():
+            ids = ops.string_to_hash_bucket(texts[name], buckets)
+            rows.append(self.tables[name](ids.to(device)))
         return rows

@@ -57,7 +57,8 @@ class Rows(Dataset[Batch]):
 
     def loader(self) -> DataLoader[Batch]:
         """Return what a training loop reads: the batches in order, each as it is."""
-        return DataLoader(self, batch_size=None, collate_fn=_as_it_is)
+        as_it_is: Any = _as_it_is  # the types say that it takes a list, which is so where batch_size is not None
+        return DataLoader(self, batch_size=None, collate_fn=as_it_is)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))

@@ -42,11 +42,11 @@ class DSSM(nn.Module):
         self.users = HashedTables(USER, DIM)
         self.items = HashedTables(ITEM, DIM)
         self.prices = nn.Embedding(PRICES, DIM, sparse=True)
-        self.bags = nn.ModuleDict(
-            {name: nn.EmbeddingBag(rows, DIM, mode="mean", sparse=True) for name, rows in USER_LISTS.items()}
-        )
-        for table in [self.prices, *self.bags.values()]:
-            nn.init.normal_(table.weight, std=0.05)
+        bags = {name: nn.EmbeddingBag(rows, DIM, mode="mean", sparse=True) for name, rows in USER_LISTS.items()}
+        nn.init.normal_(self.prices.weight, std=0.05)
+        for bag in bags.values():
+            nn.init.normal_(bag.weight, std=0.05)
+        self.bags = nn.ModuleDict(bags)
         self.user = mlp(DIM * (len(USER) + len(USER_LISTS)), 256, 128, 64, 32)
         self.item = mlp(DIM * (len(ITEM) + 1), 256, 128, 64, 32)
         self.scale = nn.Linear(1, 1)
