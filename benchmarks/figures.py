@@ -124,12 +124,12 @@ def report(figures: dict[str, Any]) -> str:
     """Return the Markdown file."""
     settings, models = figures["settings"], read(figures)
     kind = "CPU" if settings["device"] == "cpu" else "GPU"
-    rounds, seconds = settings["rounds"], settings["seconds"]
     lines = [
         f"# The five models, {figures['machine']}",
         "",
-        f"`python -m benchmarks.figures`, {figures['date']}: {rounds} rounds, in which each loop has a turn of about {seconds} s, after",
-        f"one that does not count. One intra-op thread; stage: {settings['num_threads']} thread, capacity {settings['capacity']}.",
+        f"`python -m benchmarks.figures`, {figures['date']}: {settings['rounds']} rounds, each loop with a turn of about",
+        f"{settings['seconds']} s, after one that does not count. One intra-op thread.",
+        f"The stage has {settings['num_threads']} threads and a capacity of {settings['capacity']} where they are not tuned.",
         "A figure is the median over the rounds, with the least and the most; a ratio is taken within each round.",
         f'"published" is the best published ratio of SmartStage on a {kind}. {figures["note"]}'.rstrip(),
         "",
