@@ -107,14 +107,14 @@ def read(figures: dict[str, Any]) -> list[Model]:
 def table(models: Sequence[Model]) -> str:
     """Return the figures as a Markdown table."""
     lines = [
-        "| model | | steps/s | times plain | share of the ceiling | published |",
-        "|---|---|---:|---:|---:|---:|",
+        "| model | | steps/s | times plain | share of the ceiling | published, CPU | published, GPU |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for model in models:
         for mode in model.seconds:
             gain = "1" if mode == PLAIN else str(model.gain(mode))
             share = str(model.gain(mode, READY)) if READY in model.seconds and mode != READY else ""
-            published = f"{model.published:.3f}" if model.published is not None and mode == PLAIN else ""
+            published = " | ".join(_published(model.name, kind) if mode == PLAIN else "" for kind in SETTINGS)
             name = model.name if mode == PLAIN else ""
             lines.append(f"| {name} | {mode} | {_speed(model.speed(mode))} | {gain} | {share} | {published} |")
     return "\n".join(lines)
@@ -123,15 +123,14 @@ def table(models: Sequence[Model]) -> str:
 def report(figures: dict[str, Any]) -> str:
     """Return the Markdown file."""
     settings, models = figures["settings"], read(figures)
-    kind = "CPU" if settings["device"] == "cpu" else "GPU"
     lines = [
         f"# The five models, {figures['machine']}",
         "",
         f"`python -m benchmarks.figures`, {figures['date']}: {settings['rounds']} rounds, each loop with a turn of about",
         f"{settings['seconds']} s, after one that does not count. One intra-op thread.",
-        f"The stage has {settings['num_threads']} threads and a capacity of {settings['capacity']} where they are not tuned.",
+        f"num_threads={settings['num_threads']}, capacity={settings['capacity']}, where they are not tuned.",
         "A figure is the median over the rounds, with the least and the most; a ratio is taken within each round.",
-        f'"published" is the best published ratio of SmartStage on a {kind}. {figures["note"]}'.rstrip(),
+        f'"published" is the best published ratio of SmartStage. {figures["note"]}'.rstrip(),
         "",
         f"![Training speed, staged to plain](figures_{figures['device']}.svg)",
         "",
@@ -189,6 +188,11 @@ def write(figures: dict[str, Any], folder: pathlib.Path) -> None:
     stem = f"figures_{figures['device']}"
     for name, text in {"json": json.dumps(figures, indent=1), "md": report(figures), "svg": picture(figures)}.items():
         (folder / f"{stem}.{name}").write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+
+
+def _published(name: str, kind: str) -> str:
+    figures = MODELS[name].published.get(kind)
+    return "" if figures is None else f"{figures.ratio:.3f}"
 
 
 def _speed(speed: Ratio) -> str:
