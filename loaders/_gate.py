@@ -5,7 +5,7 @@ might call a module of its own, and would call the patched one.
 
 Contract (tests/test_gate.py has a test per number):
 
-1. Any number of threads may be inside `passing` at once.
+1. Any number of threads may be inside (``with gate:``) at once.
 2. `closed` is entered when nobody is inside, and lets nobody in until it is left, however it is left.
 3. It waits for those inside a bounded time. If they are not out by then it says so, and holds nobody up.
 4. One thread closes it at a time; another one is told that it did not.
@@ -17,24 +17,26 @@ from collections.abc import Iterator
 
 
 class Gate:
-    """See the module's contract."""
+    """See the module's contract. ``with gate:`` is to be inside, once at a time for each thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = 0
+        self._inside: set[int] = set()
         self._closed = False
 
-    @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
-        """Be inside; waits while the gate is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._inside += 1
-        try:
-            yield
-        finally:
+    def __enter__(self) -> None:
+        # Without a lock, twice for every batch: who comes in says so first and looks then, who closes the other way round.
+        self._inside.add(threading.get_ident())
+        while self._closed:
+            self.__exit__()
             with self._changed:
-                self._inside -= 1
+                self._changed.wait_for(lambda: not self._closed)
+            self._inside.add(threading.get_ident())
+
+    def __exit__(self, *exc: object) -> None:
+        self._inside.discard(threading.get_ident())
+        if self._closed:
+            with self._changed:
                 self._changed.notify_all()
 
     @contextlib.contextmanager

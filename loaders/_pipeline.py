@@ -239,7 +239,7 @@ class Pipeline:
             ChannelCancelled: the pipeline was stopped; the batch stays in hand.
             ChannelClosed: the epoch ended before this batch.
         """
-        with GATE.passing():
+        with GATE:
             item = self._stage(got)
         if item is not None:
             self._put(item)
@@ -323,5 +323,5 @@ def _work(pipeline: Pipeline, number: int) -> None:
 
 
 def _read(pipeline: Pipeline) -> Read | None:
-    with GATE.passing():
+    with GATE:
         return pipeline.reader.read()

@@ -68,8 +68,12 @@ def state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 def is_in(tensor: torch.Tensor, state: tuple[Any, ...]) -> bool:
     """Whether `state_of` would be equal; without a new weak reference, at every step."""
     version, storage, dtype, place = state
-    if version_of(tensor) != version or tensor.dtype != dtype or _place_of(tensor) != place:
+    if version_of(tensor) != version or tensor.dtype is not dtype:
         return False
+    if place is not None:  # it stays dense: `.data` takes no tensor of another layout
+        offset, shape, stride = place
+        if tensor.storage_offset() != offset or tensor.shape != shape or tensor.stride() != stride:
+            return False
     return storage is None or tensor.untyped_storage()._cdata == storage.cdata
 
 
