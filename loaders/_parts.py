@@ -20,6 +20,7 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
+from torchstage.transforms._fuse import fuse
 from torchstage.transforms._lift import Ahead
 from torchstage.transforms._verdicts import input_position
 
@@ -75,7 +76,7 @@ class Parts(abc.ABC):
         self._leaf_count = capture.in_spec.num_leaves
         self._ambient = mode.ambient
         self._ahead = ahead
-        self._stage: Callable[..., list[Any]] = ahead.stage.module.forward
+        self._stage: Callable[..., list[Any]] = fuse(ahead.stage.module).forward
 
     @property
     def ambient(self) -> Ambient:

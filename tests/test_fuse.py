@@ -1,0 +1,161 @@
+"""Hashes of many columns as one call: the same tensors, the same errors, and a training run with the same numbers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchstage
+from torchstage import ops
+from torchstage._memory import share_memory
+from torchstage._ops._columns import MOST_ROWS, hash_id_columns, hash_text_columns
+from torchstage.transforms._fuse import fuse
+
+WORDS = ["", "a", "ab\0", "é", "user_1234567", "x" * 40, "y" * 90, b"bytes"]
+
+
+def words(rows: int, seed: int) -> list[Any]:
+    chosen = np.random.default_rng(seed).integers(0, len(WORDS), rows)
+    return [WORDS[i] for i in chosen]
+
+
+def ids(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("rows", [1, 7, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("buckets", [[10, 10, 10], [1, 1 << 20, 2**63 - 1]])
+def test_the_tensors_are_those_of_the_separate_calls(rows: int, buckets: list[int]) -> None:
+    texts = [words(rows, seed) for seed in range(3)]
+    numbers = [ids(rows, seed) for seed in range(3)]
+    for columns, joined, alone in (
+        (texts, hash_text_columns, ops.string_to_hash_bucket),
+        (numbers, hash_id_columns, ops.hash_bucket),
+    ):
+        found = joined(columns, buckets)
+        expected = [alone(column, count) for column, count in zip(columns, buckets, strict=True)]  # type: ignore[arg-type]
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert not share_memory(found)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [["a", "b"], ["c"]],
+        [[["a"], ["b"]], [["c"], ["d"]]],
+        [["a"], np.array(["b"])],
+        [("a",), ("b",)],
+        [[], []],
+        [ops.pack_strings(["a"]), ["b"]],
+    ],
+)
+def test_columns_of_any_other_form_are_hashed_one_by_one(columns: list[Any]) -> None:
+    found = hash_text_columns(columns, [5] * len(columns))
+    expected = [ops.string_to_hash_bucket(column, 5) for column in columns]
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "columns", [[ids(3, 0), ids(4, 1)], [ids(6, 0).view(2, 3), ids(6, 1).view(2, 3)], [ids(3, 0).int(), ids(3, 1)]]
+)
+def test_ids_of_any_other_form_are_hashed_one_by_one(columns: list[torch.Tensor]) -> None:
+    found = hash_id_columns(columns, [5] * len(columns))
+    expected = [ops.hash_bucket(column, 5) for column in columns]
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("columns", "buckets"),
+    [
+        ([["a"], [None]], [5, 5]),
+        ([["a"], [3]], [5, 5]),
+        ([["a"], [["b"]]], [5, 0]),
+        ([["a"], ["b"]], [5, 0]),
+        ([["a"], ["\ud800"]], [5, 5]),
+        ([["a"], "b"], [5, 5]),
+    ],
+)
+def test_an_error_is_the_one_of_the_column_that_it_is_about(columns: list[Any], buckets: list[int]) -> None:
+    with pytest.raises((TypeError, ValueError)) as expected:
+        [ops.string_to_hash_bucket(column, count) for column, count in zip(columns, buckets, strict=True)]
+    with pytest.raises(type(expected.value)) as found:
+        hash_text_columns(columns, buckets)
+    assert str(found.value) == str(expected.value)
+
+
+class Columns(nn.Module):
+    """A table for each of four columns of text and two of ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buckets = {"a": 50, "b": 60, "c": 50, "d": 7}
+        self.tables = nn.ModuleDict({name: nn.Embedding(rows, 4) for name, rows in self.buckets.items()})
+        self.numbers = nn.ModuleList([nn.Embedding(30, 4) for _ in range(2)])
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        rows = [
+            self.tables[name](ops.string_to_hash_bucket(batch[name], count)) for name, count in self.buckets.items()
+        ]
+        rows += [table(ops.hash_bucket(batch["ids"][:, i], 30)) for i, table in enumerate(self.numbers)]
+        rows += [
+            self.numbers[0](ops.hash_bucket(batch["user"], 30)),
+            self.numbers[1](ops.hash_bucket(batch["item"], 30)),
+        ]
+        return self.out(torch.stack(rows).sum(0))
+
+
+def batches() -> list[dict[str, Any]]:
+    made = []
+    for seed in range(8):
+        count = 5 if seed % 4 == 3 else 8
+        texts = {name: words(count, 10 * seed + i) for i, name in enumerate("abcd")}
+        made.append(
+            {
+                **texts,
+                "ids": ids(2 * count, seed).view(count, 2),
+                "user": ids(count, seed),
+                "item": ids(count, seed + 1),
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize("lookups", ["main", "exact"])
+def test_a_staged_run_with_joined_hashes_is_bit_equal(lookups: Any) -> None:
+    def run(stage: bool) -> tuple[list[torch.Tensor], Any]:
+        torch.manual_seed(0)
+        model: Any = Columns()
+        loader: Any = batches()
+        if stage:
+            model, loader = torchstage.smart_stage(model, loader, lookups=lookups, capacity=2)
+        optimizer, seen = torch.optim.SGD(model.parameters(), 0.01), []
+        for _ in range(3):
+            for batch in loader:
+                optimizer.zero_grad()
+                output = model(batch)
+                output.square().mean().backward()
+                optimizer.step()
+                seen += [output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+                seen += [p.detach().clone() for p in model.parameters()]
+        return seen, loader
+
+    plain, _ = run(stage=False)
+    staged, loader = run(stage=True)
+    assert len(plain) == len(staged)
+    assert all(map(torch.equal, plain, staged))
+    assert loader.stats.staged_steps > 0
+    stage = loader._shared.stager._current.parts._ahead.stage.module
+    targets = [node.target for node in fuse(stage).graph.nodes]
+    assert targets.count(hash_text_columns) == 1
+    assert targets.count(hash_id_columns) == 1
+    assert ops.string_to_hash_bucket not in targets
+
+
+def test_a_stage_with_one_hash_is_left_as_it_is() -> None:
+    graph = torch.fx.Graph()
+    graph.output([graph.call_function(ops.string_to_hash_bucket, (graph.placeholder("x"), 5))])
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    assert fuse(module) is module

@@ -1,0 +1,85 @@
+"""Many short columns hashed at once: a call of NumPy costs the same for a column as for twenty."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchstage import ops
+from torchstage._ops._decimal import decimal_spans
+from torchstage._ops._fingerprint import fingerprint64, reduce_to_buckets
+from torchstage._ops._spans import Uint64s, blocks
+from torchstage._ops._text import as_layout
+
+MOST_ROWS = 1024
+"""Longer columns are hashed one by one: their bytes no longer fit the caches together, and the calls weigh little."""
+
+
+def hash_text_columns(columns: Sequence[Any], buckets: Sequence[int]) -> list[torch.Tensor]:
+    """Return `torchstage.ops.string_to_hash_bucket` of each column.
+
+    Args:
+        columns: what that op takes, each.
+        buckets: the number of buckets of each.
+
+    Returns:
+        int64 tensors with memory of their own, of the shapes that the op would give.
+
+    Raises:
+        TypeError: what the op raises for the first column that it does not take.
+        ValueError: likewise.
+    """
+    return _hashed(columns, buckets, _of_text, ops.string_to_hash_bucket)
+
+
+def hash_id_columns(columns: Sequence[Any], buckets: Sequence[int]) -> list[torch.Tensor]:
+    """Return `torchstage.ops.hash_bucket` of each column; see `hash_text_columns`."""
+    return _hashed(columns, buckets, _of_ids, ops.hash_bucket)
+
+
+def _hashed(columns: Sequence[Any], buckets: Sequence[int], joined: Any, alone: Any) -> list[torch.Tensor]:
+    try:
+        hashes = joined(columns)
+    except (TypeError, ValueError):  # raised again below, by the column that it is about
+        hashes = None
+    if hashes is None or not all(type(count) is int and 0 < count < 1 << 63 for count in buckets):
+        return [alone(column, count) for column, count in zip(columns, buckets, strict=True)]
+    size = len(hashes) // len(columns)
+    parts = [hashes[first : first + size].copy() for first in range(0, len(hashes), size)]
+    return [torch.from_numpy(reduce_to_buckets(part, count)) for part, count in zip(parts, buckets, strict=True)]
+
+
+def _of_text(columns: Sequence[Any]) -> Uint64s | None:
+    """Return the fingerprints of all columns, one after another; None if they are no short lists of one length."""
+    first = columns[0]
+    if not all(type(column) is list and len(column) == len(first) for column in columns) or not _are_short(len(first)):
+        return None
+    if any(isinstance(column[0], list | tuple) for column in columns):
+        return None
+    layout = as_layout(columns)
+    hashes = np.empty(layout.count, np.uint64)
+    for begin, end in blocks(layout.count):
+        hashes[begin:end] = fingerprint64(layout.spans(begin, end))
+    return hashes
+
+
+def _of_ids(columns: Sequence[Any]) -> Uint64s | None:
+    """Return the fingerprints of all columns, one after another; None if they are no short int64 vectors of one length."""
+    first = columns[0]
+    if type(first) is not torch.Tensor or first.dim() != 1 or not _are_short(len(first)):
+        return None
+    for column in columns:
+        if type(column) is not torch.Tensor or column.shape != first.shape or column.dtype is not torch.int64:
+            return None
+        if column.device.type != "cpu":
+            return None
+    values = torch.cat(list(columns)).numpy()
+    hashes = np.empty(values.size, np.uint64)
+    for begin, end in blocks(values.size):
+        hashes[begin:end] = fingerprint64(decimal_spans(values[begin:end]))
+    return hashes
+
+
+def _are_short(rows: int) -> bool:
+    return 0 < rows <= MOST_ROWS
