@@ -136,14 +136,16 @@ def page(found: Found, runners: Sequence[Runner], about: About, picture: str) ->
 
 def _how(about: About) -> str:
     size = about.size
+    columns = size.texts + size.ids
     told = (
-        f"One model, the same batches, the same steps: {size.rows} rows, {size.texts} text columns that are hashed, {size.ids} "
-        f"columns of ids that are hashed, {size.numbers} numbers that are normalised and bucketised, casts; {size.texts + size.ids} "
-        f"tables of {size.buckets} x {size.dim}. Each runner has a process of its own with one intra-op thread, also in its workers; "
-        f"they take turns, and a figure is of {about.rounds} rounds of {about.steps} steps, after one round that is not counted; "
-        f"the first {WARMUP} steps of a turn are not timed. A figure is the median over the rounds with the quartiles; a ratio is taken "
-        'within each round. The weights of all were equal to the last bit after every round. "Ceiling" is the step fed with '
-        "values of the prefix that were there before: nothing can be faster."
+        f"One model, the same batches, the same steps: {size.rows} rows, {size.texts} text columns that are hashed, "
+        f"{size.ids} columns of ids that are hashed, {size.numbers} numbers that are normalised and bucketised, casts; "
+        f"{columns} tables of {size.buckets} x {size.dim}. Each runner has a process of its own with one intra-op thread, "
+        f"also in its workers; they take turns, and a figure is of {about.rounds} rounds of {about.steps} steps, after one "
+        f"round that is not counted; the first {WARMUP} steps of a turn are not timed. A figure is the median over the "
+        "rounds with the quartiles; a ratio is taken within each round. The weights of all were equal to the last bit "
+        'after every round. "Ceiling" is the step fed with values of the prefix that were there before: nothing can be '
+        "faster, but for what two turns differ by chance."
     )
     return f"{told} {about.note}".rstrip()
 
@@ -168,5 +170,5 @@ def _places(figures: Mapping[str, Figures], runners: Sequence[Runner]) -> list[s
 
 def rounded_up(value: float) -> float:
     """Return the next number that an axis may end with."""
-    unit = 10 ** math.floor(math.log10(value))
+    unit = 10.0 ** math.floor(math.log10(value))
     return next(step * unit for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * unit >= value)

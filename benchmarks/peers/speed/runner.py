@@ -3,14 +3,14 @@
 import contextlib
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from benchmarks._harness import PrefetchThread
-from benchmarks.peers.speed.model import Job, Raw, Ready
+from benchmarks.peers.speed.model import Job, Ready
 
 Steps = Generator[None, None, None]
 """Each `next` trains one step; `close` ends what runs in the background."""
@@ -68,7 +68,7 @@ def one_thread(worker: int = 0) -> None:
     torch.set_num_threads(1)
 
 
-def read(job: Job, collate: Callable[[Raw], Any] = as_it_is, workers: int = 0) -> DataLoader[Any]:
+def read(job: Job, collate: Any = as_it_is, workers: int = 0) -> DataLoader[Any]:
     """Return torch's `DataLoader` over the job's data."""
     more: dict[str, Any] = {"prefetch_factor": AHEAD, "worker_init_fn": one_thread} if workers else {}
     return DataLoader(job.data, batch_size=None, collate_fn=collate, num_workers=workers, **more)
@@ -149,7 +149,9 @@ class Staged(Runner):
     def steps(self, job: Job) -> Steps:
         import torchstage
 
-        auto = {"num_threads": torchstage.AUTOTUNE, "capacity": torchstage.AUTOTUNE} if self._tuned else {}
+        auto: dict[str, Any] = (
+            {"num_threads": torchstage.AUTOTUNE, "capacity": torchstage.AUTOTUNE} if self._tuned else {}
+        )
         model, loader = torchstage.smart_stage(job.model, read(job), **auto)
         with loader:
             try:

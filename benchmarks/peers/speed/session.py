@@ -1,9 +1,9 @@
 """Runs the runners: a process for each, and all of them in turn.
 
-A process of its own keeps what one does out of the others' times: threads that wait, hooks on optimizers, a changed number of
-intra-op threads. In a round each runs a number of steps while the others wait; the steps at the beginning of a turn are
-not timed, since what a loader read ahead during the others' turns must be gone. After each round the weights of all runners must be
-equal: they have done the same steps from the same start.
+A process of its own keeps what one does out of the others' times: threads that wait, hooks on optimizers, a changed number
+of intra-op threads. In a round each runs a number of steps while the others wait; the steps at the beginning of a turn are
+not timed, since what a loader read ahead during the others' turns must be gone. After each round the weights of all
+runners must be equal: they have done the same steps from the same start.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -54,6 +54,9 @@ class Here:
         self._job = Job(size, STEPS[step])
         self._steps: Steps = runner.steps(self._job)
 
+    def wait(self) -> None:
+        """Return when the runner has been made."""
+
     def turn(self, steps: int, warmup: int = WARMUP) -> Turn:
         """Train ``warmup`` steps and then ``steps`` that are timed."""
         for _ in range(warmup):
@@ -67,6 +70,10 @@ class Here:
         """End what runs in the background; return the runner's report."""
         self._steps.close()
         return self._runner.report
+
+    def end(self) -> None:
+        """End what runs in the background."""
+        self._steps.close()
 
 
 class Elsewhere:
@@ -94,15 +101,13 @@ class Elsewhere:
 
     def turn(self, steps: int, warmup: int = WARMUP) -> Turn:
         """As `Here.turn`."""
-        self._connection.send((steps, warmup))
-        found: Turn = self._answer()
+        found: Turn = self._answer((steps, warmup))
         return found
 
     def close(self) -> str:
         """As `Here.close`; the process ends."""
         try:
-            self._connection.send(None)
-            return str(self._answer())
+            return str(self._answer(None))
         finally:
             self.end()
 
@@ -114,30 +119,34 @@ class Elsewhere:
             self._process.kill()
             self._process.join()
 
-    def _answer(self) -> Any:
+    def _answer(self, *requests: Any) -> Any:
         try:
-            answer = self._connection.recv() if self._connection.poll(PATIENCE) else "no answer"
+            for request in requests:
+                self._connection.send(request)
+            answered = self._connection.poll(PATIENCE)
+            good, answer = self._connection.recv() if answered else (False, f"no answer within {PATIENCE:g} seconds")
         except (EOFError, ConnectionError):
-            answer = f"the process ended with code {self._process.exitcode}"
-        if isinstance(answer, str):
+            self._process.join(1.0)
+            good, answer = False, f"the process ended with code {self._process.exitcode}"
+        if not good:
             raise RuntimeError(answer)
-        return answer[0]
+        return answer
 
 
 def _serve(connection: Connection, name: str, step: str, size: Size) -> None:
-    """Answer requests for turns: a tuple with what was asked for, or a traceback."""
+    """Answer requests for turns: whether it went well, and what was asked for or a traceback."""
     warnings.simplefilter("ignore")
     one_thread()
     try:
         session = Here(runner_of(name), step, size)
-        connection.send((None,))
+        connection.send((True, None))
         while (request := connection.recv()) is not None:
-            connection.send((session.turn(*request),))
-        connection.send((session.close(),))
+            connection.send((True, session.turn(*request)))
+        connection.send((True, session.close()))
     except EOFError:
         sys.exit(1)
     except BaseException:  # noqa: BLE001 - told to who asked
-        connection.send(traceback.format_exc())
+        connection.send((False, traceback.format_exc()))
 
 
 @dataclasses.dataclass
@@ -163,10 +172,10 @@ def compare(
     size: Size,
     rounds: int,
     steps: int,
-    start: Callable[[Runner, str, Size], Any],
+    start: Callable[[Runner, str, Size], Here | Elsewhere],
     told: Callable[[str], None] = print,
 ) -> dict[str, Figures]:
-    """Time ``runners`` in turn; the first round more is not kept.
+    """Time ``runners`` in turn; one round more than is kept.
 
     Args:
         runners: what to compare; the first one's weights are what the others are held against.
@@ -180,63 +189,47 @@ def compare(
     Raises:
         DigestError: weights differ.
     """
-    figures = {runner.name: Figures() for runner in runners}
-    sessions: dict[str, Any] = {}
+    figures = {runner.name: Figures(problem=_missing(runner)) for runner in runners}
+    sessions = {runner.name: start(runner, step, size) for runner in runners if not figures[runner.name].problem}
+    running = list(sessions)
+
+    def ask(name: str, request: Callable[[], Any]) -> Any:
+        """Return the answer to a request; a runner that raises is out from then on."""
+        try:
+            return request()
+        except RuntimeError as error:
+            running.remove(name)
+            figures[name] = Figures(problem=f"does not run: {str(error).strip().splitlines()[-1]}")
+
     try:
-        for name, session in _started(runners, step, size, start, figures):
-            sessions[name] = session
+        for name in list(running):
+            ask(name, sessions[name].wait)
         for number in range(rounds + 1):
-            for name in list(sessions):
-                _take_turn(sessions, name, steps, figures[name], keep=number > 0)
-            _check_digests({name: figures[name].digest for name in sessions}, number)
+            for name in list(running):
+                turn = ask(name, lambda name=name: sessions[name].turn(steps))  # type: ignore[misc]
+                if turn:
+                    figures[name].digest = turn.digest
+                    figures[name].rounds += [turn.seconds] * (number > 0)
+            _check_digests({name: figures[name].digest for name in running}, number)
             told(f"{step}: round {number} of {rounds}")
-        for name in list(sessions):
-            figures[name].report = sessions.pop(name).close()
+        for name in list(running):
+            figures[name].report = ask(name, sessions[name].close) or ""
     finally:
         for session in sessions.values():
-            getattr(session, "end", session.close)()
+            session.end()
     for name, found in figures.items():
         if found.problem:
             told(f"{name}: {found.problem}")
     return figures
 
 
+def _missing(runner: Runner) -> str:
+    return f"not installed: {runner.missing}" if runner.missing else ""
+
+
 def elsewhere(runner: Runner, step: str, size: Size) -> Elsewhere:
-    """Start a runner in a process of its own, and wait until it is made."""
-    session = Elsewhere(runner.name, step, size)
-    try:
-        session.wait()
-    except BaseException:
-        session.end()
-        raise
-    return session
-
-
-def _started(
-    runners: Iterable[Runner], step: str, size: Size, start: Callable[..., Any], figures: dict[str, Figures]
-) -> Iterator[tuple[str, Any]]:
-    for runner in runners:
-        if missing := runner.missing:
-            figures[runner.name].problem = f"not installed: {missing}"
-            continue
-        try:
-            yield runner.name, start(runner, step, size)
-        except RuntimeError as error:
-            figures[runner.name].problem = f"does not run: {_last(error)}"
-
-
-def _take_turn(sessions: dict[str, Any], name: str, steps: int, figures: Figures, keep: bool) -> None:
-    try:
-        turn = sessions[name].turn(steps)
-    except RuntimeError as error:
-        figures.rounds.clear()
-        figures.problem = f"does not run: {_last(error)}"
-        session = sessions.pop(name)
-        getattr(session, "end", session.close)()
-        return
-    figures.digest = turn.digest
-    if keep:
-        figures.rounds.append(turn.seconds)
+    """Start a runner in a process of its own."""
+    return Elsewhere(runner.name, step, size)
 
 
 def _check_digests(digests: dict[str, str], number: int) -> None:
@@ -247,7 +240,3 @@ def _check_digests(digests: dict[str, str], number: int) -> None:
             f"after round {number} the weights of {', '.join(different)} are not those of {names[0]}: "
             + ", ".join(f"{name} {digests[name]}" for name in [names[0], *different])
         )
-
-
-def _last(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
