@@ -43,7 +43,14 @@ def main() -> None:
         return
     named = [runner for runner in RUNNERS if any(part in runner.name for part in arguments.only)]
     runners = [runner for runner in RUNNERS if runner in named or runner in (BASE, CEILING)]
-    about = About(arguments.rounds, arguments.steps, Size(), machine(), arguments.note)
+    about = About(
+        arguments.rounds,
+        arguments.steps,
+        Size(),
+        machine(),
+        arguments.note,
+        {runner.name: runner.version for runner in runners},
+    )
     found = {
         step: compare(runners, step, about.size, about.rounds, about.steps, elsewhere)
         for step in arguments.step or STEPS
@@ -57,7 +64,7 @@ def main() -> None:
 
 def write(stem: Path, found: Found, runners: list[Runner], about: About) -> None:
     """Write the three files; ``stem`` is their path without the ending."""
-    stem.with_name(f"{stem.name}.json").write_text(to_json(found, runners, about))
+    stem.with_name(f"{stem.name}.json").write_text(to_json(found, about))
     stem.with_name(f"{stem.name}.svg").write_text(picture(found, runners))
     stem.with_name(f"{stem.name}.md").write_text(page(found, runners, about, f"{stem.name}.svg"))
 

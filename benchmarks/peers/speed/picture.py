@@ -26,7 +26,7 @@ _STYLE = """
   }
 """
 
-_LEFT, _WIDTH, _GAP, _TOP, _ROW, _BAR = 232, 222, 26, 74, 25, 15
+_LEFT, _WIDTH, _GAP, _TOP, _ROW, _BAR = 268, 222, 26, 74, 25, 15
 _VALUES = 46
 """Room behind the longest bar for its figure."""
 

@@ -74,13 +74,15 @@ class About(NamedTuple):
         size: of model and data.
         machine: the day, the machine and the versions.
         note: what else a reader must know.
+        versions: of each runner's package, or what is missing.
     """
 
     rounds: int
     steps: int
     size: Size
     machine: str
-    note: str = ""
+    note: str
+    versions: Mapping[str, str]
 
 
 def machine() -> str:
@@ -90,10 +92,9 @@ def machine() -> str:
     return f"{when}, {os.cpu_count()} cores, {platform.system()}, {versions}"
 
 
-def to_json(found: Found, runners: Sequence[Runner], about: About) -> str:
+def to_json(found: Found, about: About) -> str:
     """Return all figures, a line for each runner under a main step."""
     head = {**about._asdict(), "size": dataclasses.asdict(about.size)}
-    head["versions"] = {runner.name: "" if runner.missing else runner.version for runner in runners}
     steps = []
     for step, figures in found.items():
         lines = [f"{json.dumps(name)}: {json.dumps(_kept(one))}" for name, one in figures.items()]
@@ -109,8 +110,7 @@ def _kept(figures: Figures) -> dict[str, Any]:
 def from_json(text: str) -> tuple[dict[str, dict[str, Figures]], About]:
     """Return what `to_json` was given."""
     kept = json.loads(text)
-    head = {key: value for key, value in kept["about"].items() if key in About._fields}
-    about = About(**{**head, "size": Size(**head["size"])})
+    about = About(**{**kept["about"], "size": Size(**kept["about"]["size"])})
     return {s: {name: Figures(**one) for name, one in figures.items()} for s, figures in kept["steps"].items()}, about
 
 
@@ -124,8 +124,7 @@ def page(found: Found, runners: Sequence[Runner], about: About, picture: str) ->
         lines += [*_table(figures), "", *_places(figures, runners), ""]
     lines += ["## How each is set up", ""]
     for runner in runners:
-        version = f"not installed: {runner.missing}" if runner.missing else runner.version
-        lines.append(f"- **{runner.name}** ({version}): {runner.setup}.")
+        lines.append(f"- **{runner.name}** ({about.versions.get(runner.name, 'not run')}): {runner.setup}.")
     reports = [(s, n, one.report) for s, figures in found.items() for n, one in figures.items() if one.report]
     if reports:
         lines += ["", "## What torchstage says of its runs"]

@@ -43,8 +43,8 @@ class Runner:
 
     @property
     def version(self) -> str:
-        """The version of the first package."""
-        return f"{self.packages[0]} {_version(self.packages[0])}"
+        """The first package and its version, or what is missing."""
+        return f"not installed: {self.missing}" if self.missing else f"{self.packages[0]} {_version(self.packages[0])}"
 
     def steps(self, job: Job) -> Steps:
         """Return the training of ``job``, step by step."""

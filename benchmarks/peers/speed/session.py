@@ -174,6 +174,7 @@ def compare(
     steps: int,
     start: Callable[[Runner, str, Size], Here | Elsewhere],
     told: Callable[[str], None] = print,
+    warmup: int = WARMUP,
 ) -> dict[str, Figures]:
     """Time ``runners`` in turn; one round more than is kept.
 
@@ -185,11 +186,12 @@ def compare(
         steps: timed steps of a turn.
         start: makes `Here` or `Elsewhere`.
         told: called with a line for each round, and each runner without figures.
+        warmup: steps at the beginning of a turn that are not timed.
 
     Raises:
         DigestError: weights differ.
     """
-    figures = {runner.name: Figures(problem=_missing(runner)) for runner in runners}
+    figures = {runner.name: Figures(problem=runner.version * bool(runner.missing)) for runner in runners}
     sessions = {runner.name: start(runner, step, size) for runner in runners if not figures[runner.name].problem}
     running = list(sessions)
 
@@ -206,7 +208,7 @@ def compare(
             ask(name, sessions[name].wait)
         for number in range(rounds + 1):
             for name in list(running):
-                turn = ask(name, lambda name=name: sessions[name].turn(steps))  # type: ignore[misc]
+                turn = ask(name, lambda name=name: sessions[name].turn(steps, warmup))  # type: ignore[misc]
                 if turn:
                     figures[name].digest = turn.digest
                     figures[name].rounds += [turn.seconds] * (number > 0)
@@ -221,10 +223,6 @@ def compare(
         if found.problem:
             told(f"{name}: {found.problem}")
     return figures
-
-
-def _missing(runner: Runner) -> str:
-    return f"not installed: {runner.missing}" if runner.missing else ""
 
 
 def elsewhere(runner: Runner, step: str, size: Size) -> Elsewhere:
