@@ -14,6 +14,7 @@ import torch.fx
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
 from torchstage._structure import is_text_leaf
+from torchstage.transforms._op_shapes import Text, made_by
 from torchstage.transforms._twins import twin
 
 
@@ -123,6 +124,10 @@ class Example:
 
     def _call(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
+        made = made_by(target, args, kwargs) if node.op == "call_function" else None
+        if made is not None:
+            shape, dtype = made
+            return torch.empty(shape, dtype=dtype, device="cpu")
         kinds = {_kind_of(leaf) for leaf in _leaves_of((args, kwargs))}
         home = str(getattr(target, "__module__", None))
         if target is getattr:
@@ -177,16 +182,6 @@ class _Unknown(NamedTuple):
     """Stands for a value that is not known."""
 
     why: str
-
-
-class Text:
-    """Stands for a column of text: its rows are contents."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return self._rows
 
 
 def _leaves_of(tree: Any) -> list[Any]:

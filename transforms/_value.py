@@ -12,10 +12,10 @@ import torch
 import torch.fx
 from torch.fx.graph import inplace_methods, magic_methods, reflectable_magic_methods
 
-from torchstage.transforms._example import Text
 from torchstage.transforms._frames import user_line
 from torchstage.transforms._kinds import result_type
 from torchstage.transforms._mirror import UntraceableError
+from torchstage.transforms._op_shapes import Text
 
 
 class Value:
