@@ -44,6 +44,11 @@ class Bypass:
         self._hold = self._left = self.FIRST
         self._lost = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether all batches are staged: no trial is under way, and staging is on."""
+        return self._trial is None and not self.off
+
     def plain(self, settled: bool) -> bool:
         """Whether the next batch is left to the plain forward. Called once for each, by the thread that stages it.
 
@@ -53,7 +58,7 @@ class Bypass:
         with self._lock:
             if self._trial is None:
                 self._left -= 1
-                if self._left > 0 or not settled:
+                if self._left > 0 or not (settled or self.off):  # nothing settles while nothing is staged
                     return self.off
                 self._trial = _Trial(self._lag, self._clock)
             plain = self._trial.ahead()

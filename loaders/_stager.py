@@ -122,8 +122,8 @@ class Stager:
         self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
         search = None if staging is None else self._stagings.search_of(staging)
-        if search is not None:
-            staging = search.next()
+        if search is not None:  # it stands still while the bypass compares, and where it would see no staged step
+            staging = search.next() if self._bypass is None or self._bypass.idle else search.chosen
         if staging is None or (staging.parts is None and staging.recording is None):
             return None
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)

@@ -9,7 +9,7 @@ import torch
 import torchstage
 from tests.support import Clicks, assert_same, click_loader, train
 from torchstage.errors import OptionError, TorchstageWarning
-from torchstage.loaders import _stager
+from torchstage.loaders import _bypass, _planner, _stager
 from torchstage.loaders._bypass import Bypass
 from torchstage.transforms._plan import StepTimes
 
@@ -61,6 +61,14 @@ def test_staging_is_off_where_it_was_slower_twice_and_on_again_where_it_is_not()
     assert not any(ran[-100:])
 
 
+def test_staging_that_is_off_is_tried_again_whatever_else_is_unsettled() -> None:
+    job = Job()
+    job.run(2 * Bypass.FIRST, staged=2.0, plain=1.0)
+    assert job.bypass.off
+    job.run(2 * Bypass.OFF * Bypass.FIRST, staged=1.0, plain=2.0, settled=False)
+    assert not job.bypass.off
+
+
 @pytest.mark.parametrize("staged", [1.0, 1.02, 1.04])
 def test_a_small_loss_is_not_told_from_noise(staged: float) -> None:
     job = Job()
@@ -95,6 +103,25 @@ def test_numbers_stay_the_same_whatever_is_switched(options: dict[str, Any], mon
     assert_same(plain, train(staged, loader))
     assert loader.stats.fallbacks["bypassed"] > 0
     assert loader.stats.staged_steps > 0
+
+
+def test_a_search_for_the_best_cut_stands_still_meanwhile_and_does_not_keep_staging_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would wait for steps with measured stages, and the bypass for its end."""
+    monkeypatch.setattr(_planner, "HOLD", 5)
+    monkeypatch.setattr(Bypass, "FIRST", 20)
+    monkeypatch.setattr(Bypass, "OFF", 1)
+    monkeypatch.setattr(_bypass._Trial, "_ratio", lambda _: 0.5)  # plain steps are always seen to be faster
+    staged, loader = torchstage.smart_stage(Clicks(), click_loader(), planner="cost")
+    found = []
+    for _ in range(40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(staged, loader)
+        found.append(loader.stats.staged_steps)
+    assert loader._shared.stager._bypass.off
+    assert len(set(found[-20:])) > 3  # a trial has staged steps, and goes on beginning
 
 
 def test_it_is_said_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
