@@ -34,7 +34,7 @@ SETTINGS = {
 }
 QUICK = {"rounds": 3, "seconds": 0.3, "settle": 8, "distinct": 8}
 SAYS = {
-    "auto": 'the defaults: lookups="auto"',
+    "auto": 'the defaults: lookups="auto", and staging is off where plain steps are seen to be faster',
     "main": 'lookups="main": rows of trained tables are gathered in the step',
     "exact": 'lookups="exact": they are gathered ahead and repaired in the step',
     "stale": 'lookups="stale": never repaired, so the numbers are others',

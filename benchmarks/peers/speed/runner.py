@@ -159,4 +159,5 @@ class Staged(Runner):
                     job.learn(model(**batch))
                     yield
             finally:
-                self.report = f"{loader.plan}\n\n{loader.stats}"
+                told = str(loader.stats).splitlines()
+                self.report = "\n".join(line for line in told if not line.startswith("  table "))
