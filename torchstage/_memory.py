@@ -61,27 +61,28 @@ def state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
     The weak reference keeps the address of memory that is gone from being given out again, to look like it.
     """
-    storage = StorageWeakRef(tensor.untyped_storage()) if tensor.layout is torch.strided else None
-    return version_of(tensor), storage, tensor.dtype, _place_of(tensor)
+    if tensor.layout is not torch.strided:
+        return version_of(tensor), tensor.dtype
+    storage = StorageWeakRef(tensor.untyped_storage())
+    if tensor.is_nested:
+        return version_of(tensor), tensor.dtype, storage
+    return version_of(tensor), tensor.dtype, storage, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def is_in(tensor: torch.Tensor, state: tuple[Any, ...]) -> bool:
-    """Whether `state_of` would be equal; without a new weak reference, at every step."""
-    version, storage, dtype, place = state
-    if version_of(tensor) != version or tensor.dtype is not dtype:
+    """Whether `state_of` would be equal; without a new weak reference, at every step.
+
+    A tensor keeps its layout: `.data` takes none of another one.
+    """
+    version = tensor._version if type(tensor) in _DENSE else version_of(tensor)
+    if version != state[0] or tensor.dtype is not state[1]:
         return False
-    if place is not None:  # it stays dense: `.data` takes no tensor of another layout
-        offset, shape, stride = place
+    if len(state) == 6:
+        _, _, storage, offset, shape, stride = state
         if tensor.storage_offset() != offset or tensor.shape != shape or tensor.stride() != stride:
             return False
-    return storage is None or tensor.untyped_storage()._cdata == storage.cdata
-
-
-def _place_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """Where in its memory a dense tensor's elements are; None of others, whose layout it is not."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return None
-    return tensor.storage_offset(), tensor.shape, tensor.stride()
+        return bool(tensor.untyped_storage()._cdata == storage.cdata)
+    return len(state) == 2 or bool(tensor.untyped_storage()._cdata == state[2].cdata)
 
 
 def share_memory(leaves: Iterable[Any]) -> bool:
