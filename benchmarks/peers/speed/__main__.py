@@ -64,7 +64,9 @@ def main() -> None:
 
 def write(stem: Path, found: Found, runners: list[Runner], about: About) -> None:
     """Write the three files; ``stem`` is their path without the ending."""
-    stem.with_name(f"{stem.name}.json").write_text(to_json(found, about))
+    kept = to_json(found, about)
+    found, about = from_json(kept)  # which rounds: page and picture are to be those of the kept figures
+    stem.with_name(f"{stem.name}.json").write_text(kept)
     stem.with_name(f"{stem.name}.svg").write_text(picture(found, runners))
     stem.with_name(f"{stem.name}.md").write_text(page(found, runners, about, f"{stem.name}.svg"))
 
