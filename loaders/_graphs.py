@@ -10,14 +10,16 @@ from torchstage._mode import Mode
 from torchstage._structure import TreeSpec, unflatten
 from torchstage._threads import StageThreadPool, set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._host_stage import locate
 from torchstage.loaders._measure import Timings
-from torchstage.loaders._parts import Call, Parts, locate
+from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._guards import Guards
 from torchstage.transforms._lift import Lifted, lift
+from torchstage.transforms._placement import Placement
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._schedule import Task, schedule
 
@@ -38,6 +40,7 @@ class GraphParts(Parts):
         recorder: where the figures of lookups go.
         base: parts of another plan of the same capture, whose guards and policy these share: what the model was like at
             capture is not to be looked up again later.
+        placement: where the stage runs, for a model on an accelerator.
     """
 
     def __init__(
@@ -50,12 +53,13 @@ class GraphParts(Parts):
         options: SmartStageOptions,
         recorder: Recorder,
         base: "GraphParts | None" = None,
+        placement: Placement | None = None,
     ) -> None:
         self.timings: Timings | None = None
         """Clocks of the operations; None while nothing is measured."""
         self.on_step: Callable[[], None] | None = None
         """Told that a step begins with values of these parts."""
-        self.lifted: Lifted = lift(capture, plan)
+        self.lifted: Lifted = lift(capture, plan, placement)
         super().__init__(capture, self.lifted, mode, options, recorder)
         self._guards: Guards = Guards(model, capture) if base is None else base._guards
         if base is not None:
@@ -67,14 +71,17 @@ class GraphParts(Parts):
         self._main_inputs = self.lifted.main.inputs
         self._main: Callable[..., list[Any]] = self.lifted.main.module.forward
         self._plain: Callable[..., list[Any]] = self.lifted.plain.module.forward
-        self._pool = pool
-        self._tasks: tuple[Task, ...] = schedule(capture, plan) if pool is not None else ()
+        self._pool = pool if placement is None else None
+        self._tasks: tuple[Task, ...] = schedule(capture, plan) if self._pool is not None else ()
+        parts = (self.lifted.stage, self.lifted.main, self.lifted.plain)
+        read = {position for part in parts for position in part.inputs}
+        self.idle = frozenset(range(self._leaf_count)).difference(read, *[site.inputs() for site in self.sites])
 
-    def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
+    def misfit(self, leaves: Sequence[Any], spec: TreeSpec, home: torch.device | None = None) -> str | None:
         flaw = super().misfit(leaves, spec)
         if flaw is not None or self._decisions is None:
             return flaw
-        other = self._decisions.misfit(leaves)
+        other = self._decisions.misfit(leaves, home)
         return None if other is None else f"{ANOTHER_WAY}{other}"
 
     def changed(self) -> str | None:
@@ -84,10 +91,11 @@ class GraphParts(Parts):
                 broken = broken or site.replaced()
         return broken
 
-    def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
+    def run_stage(self, leaves: Sequence[Any], given: Sequence[Any] = ()) -> list[Any]:
         timings = self.timings
         if self._pool is None or len(self._tasks) < 2 or timings is not None:
-            return self._run_stage(leaves, self._stage if timings is None else lambda *inputs: timings.run(inputs))
+            stage = self._stage if timings is None else lambda *inputs: timings.run(inputs)
+            return self._run_stage(leaves, stage, given)
         set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
             return self._run_tasks(self._pool.executor, leaves)

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from torchstage._structure import flatten, unflatten
+from torchstage._deferred import Deferred
+from torchstage._structure import TreeSpec, flatten, unflatten
 from torchstage.errors import BindingError, FallbackWarning
 from torchstage.loaders._stager import Stager
 from torchstage.loaders._tickets import Registry
@@ -81,15 +82,15 @@ class Core:
             return plain(*args, **kwargs)
         try:
             refused = ticket.refuse(leaves, spec)
+            verifier = ticket.owner.verifier
+            verified = refused is None and verifier is not None and verifier.due(ticket.staging.parts)
+            if refused is not None or verified:
+                call, leaves = _with_contents(call, leaves, spec)
             if refused is not None:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
                 return ticket.owner.run_original(ticket, call, leaves, spec)
             ticket.owner.recorder.step()
-            verifier = ticket.owner.verifier
-            if verifier is not None and verifier.due(ticket.staging.parts):
-                result = verifier.run(ticket, leaves, spec, call)
-            else:
-                result = ticket.run(leaves, call)
+            result = verifier.run(ticket, leaves, spec, call) if verified else ticket.run(leaves, call)
             ticket.owner.ran(ticket, leaves, spec)
             return result
         finally:
@@ -110,6 +111,14 @@ class Core:
                 FallbackWarning,
                 stacklevel=6 if self.method == "forward" else 4,
             )
+
+
+def _with_contents(call: Any, leaves: list[Any], spec: TreeSpec) -> tuple[Any, list[Any]]:
+    """Return a call for the plain forward: with the tensors themselves, where the loader handed out deferred ones."""
+    if not any(type(leaf) is Deferred for leaf in leaves):
+        return call, leaves
+    leaves = [leaf.moved() if type(leaf) is Deferred else leaf for leaf in leaves]
+    return unflatten(leaves, spec), leaves
 
 
 def stage_model(model: torch.nn.Module, method: str = "forward") -> torch.nn.Module:

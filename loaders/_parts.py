@@ -13,6 +13,7 @@ from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, is_tracked
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._host_stage import HostStage, locate
 from torchstage.loaders._policy import Policy
 from torchstage.loaders._rows import Rows, gather
 from torchstage.loaders._sites import Site
@@ -37,6 +38,9 @@ class Parts(abc.ABC):
         reads: the model's tensors that the stage reads, with their names.
         sites: the lookups whose rows are gathered ahead.
         unused: the positions of the leaves that nothing depends on, such as the number of the batch.
+        idle: the positions of those that neither the step nor the stage's part on an accelerator reads.
+        on_host: the positions of those that the host's part of the stage reads.
+        moved: for each value of the host's part of the stage, whether the plain forward has it on the accelerator.
         once: whether what was staged for a batch serves a single forward.
 
     Args:
@@ -48,13 +52,14 @@ class Parts(abc.ABC):
     """
 
     once = False
+    idle: frozenset[int] = frozenset()
 
     def __init__(
         self, capture: Capture, ahead: Ahead, mode: Mode, options: SmartStageOptions, recorder: Recorder
     ) -> None:
         self.capture = capture
         self.in_spec = capture.in_spec
-        self.reads = _state_reads(ahead.stage.module, capture)
+        self.reads = _state_reads(ahead, capture)
         lag = options.most_batches
         most_stale = lag if options.max_staleness is None else options.max_staleness
         nodes = {node.name: node for node in capture.graph.nodes}
@@ -67,7 +72,8 @@ class Parts(abc.ABC):
             )
             for gather in ahead.gathers
         )
-        self.inputs = tuple(sorted({*ahead.stage.inputs, *[p for site in self.sites for p in site.inputs()]}))
+        self.on_host = () if ahead.host is None else ahead.host.part.inputs
+        self.inputs = tuple(sorted({*self.on_host, *ahead.stage.inputs, *[p for s in self.sites for p in s.inputs()]}))
         effects = [effect_of(node, capture.modules).kind for node in capture.graph.nodes if node.op.startswith("call_")]
         self._writes = any(kind in (Kind.WRITES, Kind.UNKNOWN) for kind in effects)
         self.unused = _unused_numbers(capture)
@@ -77,6 +83,8 @@ class Parts(abc.ABC):
         self._ambient = mode.ambient
         self._ahead = ahead
         self._stage: Callable[..., list[Any]] = fuse(ahead.stage.module).forward
+        self.moved: tuple[bool, ...] = () if ahead.host is None else ahead.host.moved
+        self._host: HostStage | None = None if ahead.host is None else HostStage(ahead.host, mode.ambient)
 
     @property
     def ambient(self) -> Ambient:
@@ -88,8 +96,14 @@ class Parts(abc.ABC):
         """Whether no trial of the lookups is under way."""
         return not self.sites or self._policy.settled
 
-    def misfit(self, leaves: Sequence[Any], spec: TreeSpec) -> str | None:
-        """Say why a call with these leaves is not the one that was captured, or None."""
+    def misfit(self, leaves: Sequence[Any], spec: TreeSpec, home: torch.device | None = None) -> str | None:  # noqa: ARG002
+        """Say why a call with these leaves is not the one that was captured, or None.
+
+        Args:
+            leaves: the leaves.
+            spec: the structure of the call.
+            home: where those on the host will have been moved when the call is made; None if they stay.
+        """
         if len(leaves) != self._leaf_count or spec != self.in_spec:
             return "the arguments have another structure than at capture"
         if self._writes and share_memory(leaves):
@@ -109,16 +123,30 @@ class Parts(abc.ABC):
     def changed(self) -> str | None:
         """Name the first thing of the model that is not as it was at capture, or None."""
 
-    def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
-        """Run the stage graph on the leaves of a call and return the values of the cut.
+    def run_host(self, leaves: Sequence[Any]) -> list[Any]:
+        """Run the host's part of a stage that goes on on an accelerator; nothing where there is none.
 
         Raises:
             Exception: whatever an operation raises, with a note that names its node.
         """
-        return self._run_stage(leaves, self._stage)
+        return [] if self._host is None else self._host.run(leaves)
 
-    def _run_stage(self, leaves: Sequence[Any], stage: Callable[..., list[Any]]) -> list[Any]:
-        inputs = [leaves[position] for position in self._ahead.stage.inputs]
+    def run_stage(self, leaves: Sequence[Any], given: Sequence[Any] = ()) -> list[Any]:
+        """Run the stage graph on the leaves of a call and return the values of the cut.
+
+        Args:
+            leaves: the leaves.
+            given: what `run_host` returned for them, where it belongs.
+
+        Raises:
+            Exception: whatever an operation raises, with a note that names its node.
+        """
+        return self._run_stage(leaves, self._stage, given)
+
+    def _run_stage(
+        self, leaves: Sequence[Any], stage: Callable[..., list[Any]], given: Sequence[Any] = ()
+    ) -> list[Any]:
+        inputs = [*[leaves[position] for position in self._ahead.stage.inputs], *given]
         set_intra_op_threads(self._ambient.threads)
         with self._ambient.entered():
             try:
@@ -179,9 +207,12 @@ def _unused_numbers(capture: Capture) -> frozenset[int]:
     return numbers - decided
 
 
-def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[str, torch.Tensor], ...]:
+def _state_reads(ahead: Ahead, capture: Capture) -> tuple[tuple[str, torch.Tensor], ...]:
     """Return the model's tensors that the stage reads, with their names in the capture."""
-    own = {id(t) for t in [*stage.parameters(), *stage.buffers()]}
+    modules = [ahead.stage.module, *([ahead.host.part.module] if ahead.host is not None else [])]
+    own = {id(t) for module in modules for t in [*module.parameters(), *module.buffers()]}
+    if ahead.host is not None:
+        own |= {id(tensor) for tensor, _ in ahead.host.copies.pairs}
     found = [(name, tensor) for name, tensor in capture.state.items() if id(tensor) in own]
     for path, module in capture.modules.items():
         named = [*module.named_parameters(), *module.named_buffers()]
@@ -191,27 +222,3 @@ def _state_reads(stage: torch.fx.GraphModule, capture: Capture) -> tuple[tuple[s
 
 # What torch says of a row number in the three kinds of lookup: to `embedding` and `index_select`, to an index, to a bag.
 _OUT_OF_RANGE = ("out of range", "out of bounds", "valid range", "Expected idx")
-
-
-class _Locator(torch.fx.Interpreter):
-    """Runs a graph node by node to find the one that raises."""
-
-    at: torch.fx.Node | None = None
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        self.at = n
-        return super().run_node(n)
-
-
-def locate(module: torch.fx.GraphModule, inputs: list[Any]) -> str:
-    """Name the node of a pure graph that raises on ``inputs``, by running it once more."""
-    locator = _Locator(module)
-    locator.extra_traceback = False
-    try:
-        locator.run(*inputs, enable_io_processing=False)
-    except Exception:  # noqa: BLE001 - the first run's exception is the one that is raised
-        node = locator.at
-        if node is not None:
-            source = node.meta.get("source", "")
-            return f"node `{node.name}`{f' from {source}' if source else ''}"
-    return "at a node that did not raise when run again"

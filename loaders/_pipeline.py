@@ -48,11 +48,13 @@ from torchstage.errors import (
     RandomStreamWarning,
     add_note,
 )
+from torchstage.loaders._carrier import Arrival, Carrier
 from torchstage.loaders._gate import GATE
+from torchstage.loaders._handler import Bound, Staged, hand_on
 from torchstage.loaders._reader import Read, Reader
 from torchstage.loaders._sizes import Sizes
 from torchstage.loaders._source import Batch
-from torchstage.loaders._stager import Bound, Stager
+from torchstage.loaders._stager import Stager
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -65,12 +67,14 @@ class Item(NamedTuple):
         read: the read of the user's loader.
         outcome: its batch, or an exception of an ignored type, of the loader or the stage.
         bound: the batch with its ticket.
+        arrival: when what was moved to an accelerator may be used.
         what: what was ignored, for a warning.
     """
 
     read: Read
     outcome: Batch | BaseException
     bound: Bound | None = None
+    arrival: Arrival | None = None
     what: str = ""
 
     @property
@@ -85,6 +89,7 @@ class Pipeline:
     Args:
         reader: the pass over the user's loader.
         stager: what to do to each batch; None to hand it on as it is.
+        carrier: moves batches that nothing is staged of to an accelerator; None for the CPU.
         options: capacity, threads, timeout, exception types.
         recorder: where figures and warnings go.
         tuner: chooses capacity and threads where the options leave them open; None if they do not.
@@ -99,11 +104,13 @@ class Pipeline:
         recorder: Recorder,
         tuner: Tuner | None = None,
         ignored: int = 0,
+        carrier: Carrier | None = None,
     ) -> None:
         self.reader = reader
         self.options = options
         self.recorder = recorder
         self.stager = stager
+        self._carrier = carrier
         self.ignored = ignored
         self._sizes = Sizes(options, recorder, tuner)
         self.crew = self._sizes.crew
@@ -170,6 +177,8 @@ class Pipeline:
         self._sizes.took(wait, ready, crowded)
         assert isinstance(item.outcome, Batch)
         item.outcome.check_not_overwritten(item.number)
+        if item.arrival is not None:
+            item.arrival.wait()
         return item
 
     def _next_batch(self) -> Item:
@@ -252,15 +261,20 @@ class Pipeline:
             return self._failed(got, batch, f"the loader raised {batch!r}")
         started = time.perf_counter()
         try:
-            bound = self.stager.stage(batch) if self.stager is not None else None
+            staged = self._staged(batch, got.number)
         except BaseException as error:  # noqa: BLE001 - it is raised to the client
             if not self.reader.is_ignored(error) and not self.reader.is_end(error):
                 add_note(error, f"raised while staging batch {got.number}, on a torchstage thread")
             return self._failed(got, error, f"staging batch {got.number} raised {error!r}")
         seconds = time.perf_counter() - started
-        self.recorder.staged(got.seconds, None if bound is None else seconds)
-        self._sizes.staged(batch, bound, got.seconds, seconds)
-        return Item(got, batch, bound)
+        self.recorder.staged(got.seconds, None if staged.bound is None else seconds)
+        self._sizes.staged(batch, staged.bound, got.seconds, seconds)
+        return Item(got, *staged)
+
+    def _staged(self, batch: Batch, number: int) -> Staged:
+        if self.stager is None:
+            return hand_on(batch, number, self._carrier)
+        return self.stager.stage(batch, number)
 
     def _failed(self, got: Read, error: BaseException, what: str) -> Item | None:
         """Send on an exception that is ignored, to be counted in its order; any other ends the pass."""

@@ -64,9 +64,9 @@ class ReplayParts(Parts):
     def changed(self) -> str | None:
         return None  # the forward's Python code runs each time and sees every change
 
-    def run_stage(self, leaves: Sequence[Any]) -> list[Any]:
+    def run_stage(self, leaves: Sequence[Any], given: Sequence[Any] = ()) -> list[Any]:
         try:
-            return super().run_stage(leaves)
+            return super().run_stage(leaves, given)
         except Exception:  # noqa: BLE001 - a number taken from another batch may not fit this one; the step will tell
             with self._ambient.entered():
                 return _Sparing(self._ahead.stage.module).values(leaves, self._ahead.stage.inputs)

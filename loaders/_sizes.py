@@ -9,8 +9,8 @@ from torchstage._channel import Channel
 from torchstage.errors import TorchstageWarning
 from torchstage.loaders._crew import Crew
 from torchstage.loaders._feed import Feed, bytes_of
+from torchstage.loaders._handler import Bound
 from torchstage.loaders._source import Batch
-from torchstage.loaders._stager import Bound
 from torchstage.loaders._tuner import Tuner
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder

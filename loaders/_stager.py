@@ -10,17 +10,19 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from torchstage._memory import has_unseen_writes
 from torchstage._mode import Ambient, Mode
-from torchstage._structure import TreeSpec, flatten, unflatten
+from torchstage._structure import TreeSpec, unflatten
 from torchstage._threads import StageThreadPool
 from torchstage.errors import FallbackWarning, TorchstageWarning
 from torchstage.loaders._bypass import Bypass
+from torchstage.loaders._carrier import Carrier
 from torchstage.loaders._graphs import ANOTHER_WAY
+from torchstage.loaders._handler import Handler, Staged, hand_on
+from torchstage.loaders._parts import Call
 from torchstage.loaders._planner import Search
 from torchstage.loaders._replay import ReplayParts, record
 from torchstage.loaders._source import Batch
@@ -34,15 +36,6 @@ from torchstage.transforms._binding import Binder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._plan import Plan
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class Bound(NamedTuple):
-    """A batch with its ticket. ``leaves`` are the leaves of the call that the batch binds to."""
-
-    ticket: Ticket
-    leaves: list[Any]
-
 
 class Stager:
     """Stages the batches of one loader for one model.
@@ -53,6 +46,7 @@ class Stager:
         binder: maps a batch to the arguments of forward.
         pool: where independent branches run, or None.
         recorder: where figures and warnings go.
+        carrier: moves batches and staged values to the accelerator that the step runs on; None for the CPU.
     """
 
     def __init__(
@@ -62,6 +56,7 @@ class Stager:
         binder: Binder,
         pool: StageThreadPool | None,
         recorder: Recorder,
+        carrier: Carrier | None = None,
     ) -> None:
         self.recorder = recorder
         self.verifier = Verifier(model, options.verify, recorder) if options.verify else None
@@ -70,7 +65,9 @@ class Stager:
         self._binder = binder
         self._bypass = Bypass(options.most_batches) if options.bypass and options.lookups != "stale" else None
         self._lock = threading.Lock()
-        self._stagings = Stagings(model, options, binder.method, pool, recorder)
+        self._handler = Handler(binder, carrier)
+        device = None if carrier is None else carrier.device
+        self._stagings = Stagings(model, options, binder.method, pool, recorder, device)
         self._current: Staging | None = None
         self._ambients: dict[tuple[bool, ...], Ambient] = {}
         self._refusals: dict[object, int] = {}
@@ -106,7 +103,7 @@ class Stager:
             BindingError: the batch does not bind to forward.
             MarkError: a manual mark cannot be honoured.
         """
-        call = self._binder.bind(batch)
+        call, self._stagings.away = self._handler.call(batch)
         if self._recaptures > _MOST_RECAPTURES:
             return
         training = tuple([module.training for module in self._model.modules()])
@@ -114,10 +111,12 @@ class Stager:
         with self._lock:
             self._current = self._stagings.of(mode, call)
 
-    def stage(self, batch: Batch) -> Bound | None:
-        """Stage a handed-out batch: bind it, run the stage graph, and return its ticket. Runs on a worker.
+    def stage(self, batch: Batch, number: int) -> Staged:
+        """Stage a batch: bind it, run the stage graph, move both where the step runs. Runs on a worker.
 
-        Returns None where nothing is staged.
+        Args:
+            batch: what was read.
+            number: which read it was, for messages.
         """
         self._buried.clear()  # of others too: a ticket is freed by whoever stages next
         staging = self._current
@@ -125,19 +124,12 @@ class Stager:
         if search is not None:  # it stands still while the bypass compares, and where it would see no staged step
             staging = search.next() if self._bypass is None or self._bypass.idle else search.chosen
         if staging is None or (staging.parts is None and staging.recording is None):
-            return None
-        leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
+            return hand_on(batch, number, self._handler.carrier)
         if staging.parts is None:
-            return Bound(Ticket(self, staging, leaves, spec, RECORDED), leaves)
+            return self._handler.stage(self, staging, batch, number, RECORDED)
         if self._bypass is not None and self._is_bypassed(self._bypass, staging.parts.settled, search):
-            return Bound(Ticket(self, staging, leaves, spec, BYPASSED), leaves)
-        flaw = staging.parts.misfit(leaves, spec)
-        if flaw is None and has_unseen_writes(batch.leaves):
-            flaw = "a sparse tensor of the batch shares memory with another part, whose writes it does not show"
-        ticket = Ticket(self, staging, leaves, spec, flaw)
-        if flaw is None:
-            ticket.fill(staging.parts, leaves)
-        return Bound(ticket, leaves)
+            return self._handler.stage(self, staging, batch, number, BYPASSED)
+        return self._handler.stage(self, staging, batch, number)
 
     def _is_bypassed(self, bypass: Bypass, settled: bool, search: Search | None) -> bool:
         plain = bypass.plain(settled and (search is None or search.settled))

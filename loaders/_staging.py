@@ -15,6 +15,7 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._analysis import make_plan
 from torchstage.transforms._captured import Capture
+from torchstage.transforms._placement import Placement
 from torchstage.transforms._plan import Plan
 from torchstage.transforms._recording import can_be_recorded
 
@@ -48,8 +49,11 @@ def make_staging(
     pool: StageThreadPool | None,
     options: SmartStageOptions,
     recorder: Recorder,
+    place: Callable[[Capture, Plan], Placement | None] = lambda _capture, _plan: None,
 ) -> Staging:
     """Plan and build what ``model`` needs in ``mode``; ``capture`` is the reason if there is none.
+
+    ``place`` says where the stage of a plan runs, for a model on an accelerator.
 
     Raises:
         MarkError: a manual mark cannot be honoured.
@@ -64,7 +68,9 @@ def make_staging(
         return Staging(
             mode, modules, plan, ReplayParts(getattr(model, capture.method), capture, plan, mode, options, recorder)
         )
-    return Staging(mode, modules, plan, GraphParts(model, capture, plan, mode, pool, options, recorder))
+    placement = place(capture, plan)
+    parts = GraphParts(model, capture, plan, mode, pool, options, recorder, placement=placement)
+    return Staging(mode, modules, plan, parts)
 
 
 def plan_of(

@@ -19,7 +19,10 @@ from torchstage.loaders._staging import Staging, make_staging
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
+from torchstage.transforms._lift import values_of
 from torchstage.transforms._mirror import STATE_CHANGES
+from torchstage.transforms._placement import Placement, place
+from torchstage.transforms._plan import Plan
 
 
 class Stagings:
@@ -31,6 +34,10 @@ class Stagings:
         method: the method that a training step calls.
         pool: where independent branches run, or None.
         recorder: where warnings go.
+        device: the accelerator that the step runs on; None for the CPU.
+
+    Attributes:
+        away: the positions of the leaves of a call that the host does not have.
     """
 
     def __init__(
@@ -40,12 +47,15 @@ class Stagings:
         method: str,
         pool: StageThreadPool | None,
         recorder: Recorder,
+        device: torch.device | None,
     ) -> None:
         self._model = model
         self._options = options
         self._method = method
         self._pool = pool
         self._recorder = recorder
+        self._device = device
+        self.away: frozenset[int] = frozenset()
         self._known: dict[Mode, Staging] = {}
         self._captures: dict[Mode, Capture | str] = {}
         self._searches: dict[Mode, Search] = {}
@@ -116,12 +126,18 @@ class Stagings:
             pool=self._pool,
             options=self._options,
             recorder=self._recorder,
+            place=lambda captured, plan: self._place(captured, plan, mode, call),
         )
         if len(self._known) >= _MOST_MODES:
             self._known.clear()
         self._known[mode] = staging
         searches = {m: s for m, s in self._searches.items() if self._known.get(m) is s.largest}
-        if self._options.planner == "cost" and staging.plan.lifted and isinstance(staging.parts, GraphParts):
+        if (
+            self._options.planner == "cost"
+            and self._device is None
+            and staging.plan.lifted
+            and isinstance(staging.parts, GraphParts)
+        ):
             assert isinstance(captured, Capture)
             searches[mode] = self._search(staging, staging.parts, captured)
         self._searches = searches
@@ -130,6 +146,20 @@ class Stagings:
             message = f"nothing of {name} can be staged: {why}. Batches are still prefetched."
             self._recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
         return staging
+
+    def _place(self, capture: Capture, plan: Plan, mode: Mode, call: Call) -> Placement | None:
+        """Decide where the stage of a plan runs, by running it once on the accelerator; None for the CPU."""
+        if self._device is None:
+            return None
+        leaves, part = flatten(call)[0], values_of(capture, plan)
+        try:
+            with mode.ambient.entered():
+                values = part.module.forward(*[leaves[position] for position in part.inputs])
+        except Exception:  # noqa: BLE001 - it is raised to the client, at the position of a batch that raises it
+            values = []
+        known = dict(zip(part.outputs, values, strict=False))
+        on_host = self._options.stage_subgraph_on_cpu
+        return place(capture, plan, self._device, leaves, known, on_host=on_host, away=self.away)
 
     def _search(self, staging: Staging, base: GraphParts, captured: Capture) -> Search:
         build = functools.partial(

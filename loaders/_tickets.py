@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchstage._memory import is_in, memories_of, state_of, version_of
+from torchstage._memory import is_in, memories_of, parts_of, state_of, version_of
 from torchstage._mode import Mode
 from torchstage._structure import Snapshot, TreeSpec, is_text_leaf
 from torchstage.loaders._feed import bytes_of
 from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._rows import Rows
 from torchstage.loaders._staging import Staging
+
+Reads = list[tuple[str, torch.Tensor, Any]]
 
 
 class Ticket:
@@ -43,18 +45,25 @@ class Ticket:
         self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
         self._weak = [_is_weak(leaf) for leaf in leaves]
         self._snapshots: list[tuple[int, Snapshot]] = []
-        self._versions: list[tuple[str, torch.Tensor, Any]] = []
+        self._versions: Reads = []
         self._values: list[Any] = []
         self._rows: list[Rows] = []
         self._value_versions: list[tuple[torch.Tensor, Any]] = []
         self._given: set[object] = set()
         self._fragile = False
 
-    def fill(self, parts: Parts, leaves: Sequence[Any]) -> None:
-        """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one."""
+    def fill(self, parts: Parts, leaves: Sequence[Any], given: Sequence[Any] = (), reads: Reads | None = None) -> None:
+        """Run the stage. What it reads is noted first, so that a write at the same time counts as a later one.
+
+        Args:
+            parts: what runs.
+            leaves: the leaves of the call.
+            given: what the host's part of the stage returned.
+            reads: what `states_of` returned before that part ran.
+        """
         self._snapshots = [(position, Snapshot.of(leaves[position])) for position in parts.inputs]
-        self._versions = [(name, tensor, state_of(tensor)) for name, tensor in parts.reads]
-        self._values = parts.run_stage(leaves)
+        self._versions = states_of(parts) if reads is None else reads
+        self._values = parts.run_stage(leaves, given)
         self._rows = parts.gather(leaves, self._values)
         self._value_versions = [(v, version_of(v)) for v in self._values if isinstance(v, torch.Tensor)]
         self._given = {memory for value, _ in self._value_versions for memory in memories_of(value)}
@@ -69,6 +78,11 @@ class Ticket:
     def values(self) -> Sequence[Any]:
         """What the stage returned."""
         return self._values
+
+    def tensors_on(self, device: torch.device) -> list[torch.Tensor]:
+        """Return the dense parts of the staged values that are on a device."""
+        values = [value for value, _ in self._value_versions]
+        return [part for value in values for part in parts_of(value) if part.device == device]
 
     @property
     def rows(self) -> Sequence[Rows]:
@@ -139,6 +153,11 @@ class Ticket:
             if known != leaf and self.staging.parts is not None and position not in self.staging.parts.unused:
                 return False
         return True
+
+
+def states_of(parts: Parts) -> Reads:
+    """Return the state that a stage reads, as it is now: name, tensor and what `torchstage._memory.state_of` says."""
+    return [(name, tensor, state_of(tensor)) for name, tensor in parts.reads]
 
 
 def _forget(registry: "weakref.ref[Registry]", key: int, _: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from tests.support import Scale, numbers
 from torchstage import SmartStageOptions, StagedDataLoader, smart_stage
 from torchstage.errors import ChannelCancelled, ChannelClosed, DroppedBatchWarning, PutTimeoutError, TorchstageWarning
+from torchstage.loaders._handler import Staged
 from torchstage.loaders._pipeline import Pipeline
 from torchstage.loaders._reader import Reader
 from torchstage.loaders._source import Batch, Source
@@ -58,11 +59,12 @@ def test_1_order_is_kept_when_later_batches_are_staged_first() -> None:
     others_done = threading.Event()
 
     class Slow:
-        def stage(self, batch: Batch) -> None:
-            if int(batch.value[0]) == 0:
+        def stage(self, batch: Batch, number: int) -> Staged:
+            if number == 0:
                 assert others_done.wait(10)
-            elif int(batch.value[0]) == 3:
+            elif number == 3:
                 others_done.set()
+            return Staged(batch)
 
         def prepare(self, batch: torch.Tensor) -> None:
             pass

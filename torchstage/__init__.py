@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from torchstage import autotune, errors, ops
 from torchstage._explain import Explanation, explain
 from torchstage._smart_stage import Staged, smart_stage
+from torchstage._streams import add_stage_stream
 from torchstage._threads import add_stage_thread_pool, close_stage_thread_pools
 from torchstage.autotune import AUTOTUNE, AutotuneAlgorithm
 from torchstage.loaders import StagedDataLoader, StagedModel, make_prefetch_hook, unwrap
@@ -28,6 +29,7 @@ __all__ = [
     "StagedDataLoader",
     "StagedModel",
     "Stats",
+    "add_stage_stream",
     "add_stage_thread_pool",
     "autotune",
     "close_stage_thread_pools",

@@ -31,6 +31,7 @@ __all__ = [
     "layout_of",
     "map_leaves",
     "memory_of",
+    "travels",
     "unflatten",
 ]
 
@@ -136,6 +137,11 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 def is_constant(leaf: object) -> bool:
     """Whether ``leaf`` is compared by value and fixed at capture: it steers a forward rather than feeding it."""
     return leaf is None or isinstance(leaf, (bool, str, bytes, torch.dtype, torch.device, torch.Size, enum.Enum))
+
+
+def travels(leaf: object) -> bool:
+    """Whether a leaf of a batch is moved to an accelerator: a tensor on the host that autograd has no leaf of."""
+    return isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" and not leaf.requires_grad
 
 
 def is_tracked(leaf: object) -> bool:

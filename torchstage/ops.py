@@ -112,26 +112,26 @@ def hash_bucket(ids: torch.Tensor, num_buckets: int) -> torch.Tensor:
     The hash is Fingerprint64 of the decimal text of each integer, with a minus sign where it is negative.
 
     Args:
-        ids: CPU tensor of any integer dtype and any shape.
+        ids: tensor of any integer dtype and any shape. One on an accelerator is hashed on the host, which waits for it.
         num_buckets: Number of buckets, from 1 to 2**63 - 1.
 
     Returns:
-        int64 tensor of the shape of `ids`, with bucket numbers from 0 to num_buckets - 1.
+        int64 tensor of the shape of `ids` and on its device, with bucket numbers from 0 to num_buckets - 1.
 
     Raises:
         TypeError: if `ids` is no tensor or of another dtype, or `num_buckets` is no int.
-        ValueError: if `num_buckets` is out of range or `ids` is not on the CPU.
+        ValueError: if `num_buckets` is out of range.
     """
     count = _checked_bucket_count(num_buckets)
     if not isinstance(ids, torch.Tensor):
         raise TypeError(f"ids must be an integer tensor, not {type(ids).__name__}; for text use string_to_hash_bucket")
     if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
         raise TypeError(f"ids must be an integer tensor, not {ids.dtype}; convert it, for instance with ids.long()")
-    flat = cpu_array("ids", ids).reshape(-1)
+    flat = cpu_array("ids", ids.cpu()).reshape(-1)
     buckets = np.empty(flat.size, np.int64)
     for first, last in blocks(flat.size):
         buckets[first:last] = reduce_to_buckets(fingerprint64(decimal_spans(flat[first:last])), count)
-    return torch.from_numpy(buckets.reshape(ids.shape))
+    return torch.from_numpy(buckets.reshape(ids.shape)).to(ids.device)
 
 
 @pure_op

@@ -5,8 +5,10 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.fx
 
+from torchstage._streams import check_stage_stream
 from torchstage.autotune import AUTOTUNE, AutotuneAlgorithm
 from torchstage.errors import OptionError
 
@@ -52,8 +54,9 @@ class SmartStageOptions:
     stage_subgraph_thread_pool_id: int = 0
     """Which pool: the number that `add_stage_thread_pool` returned."""
 
-    stage_subgraph_stream_id: int = 0
-    """Which CUDA stream of the stage (0 is the main graph's own). Validated here; a stage on the CPU uses none."""
+    stage_subgraph_stream_id: int | None = None
+    """Which stream of the accelerator the stage and its copies are queued on. None: one of this loader's own. 0: the main
+    graph's, as in the original, where nothing overlaps. Others are those of `add_stage_stream`. A CPU has none."""
 
     graph: torch.fx.GraphModule | None = None
     """An already captured graph of the model, used in place of capture while the model is in the training mode that
@@ -66,8 +69,9 @@ class SmartStageOptions:
     """True: stage everything that can run ahead. False: stage only what is above `staged` marks."""
 
     stage_subgraph_on_cpu: bool | None = None
-    """Run the stage on the CPU although the model is on an accelerator; None chooses. On a CPU model all three mean
-    the same."""
+    """Where the stage of a model on an accelerator runs. None: on the host what gives the same bits there, and the rest on
+    the accelerator, in a stream of its own. True: on the host, also what may differ in the last bit of a float there. False:
+    on the accelerator, but for what the plain forward does on the host. On a CPU model all three mean the same."""
 
     on_timeout: Literal["drop", "raise", "wait"] = "drop"
     """What happens after ``timeout_millis``: ``"drop"`` the batch as the original does (counted and warned about),
@@ -128,6 +132,11 @@ class SmartStageOptions:
     batches where they are; that is warned about once, and ``stats.fallbacks["bypassed"]`` counts such steps. False: what can
     be staged is. Not done with ``lookups="stale"``, whose numbers are not those of the plain forward."""
 
+    device: str | torch.device | None = None
+    """Where the tensors of a batch are when it is handed out. None: where the model is, if all of it is on one accelerator,
+    and else where the loader has them. ``"cpu"``: for a forward that takes its batch from the host; staged values still travel.
+    A loop's own ``.to(device)`` gives back the very tensors, at no cost."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
@@ -143,10 +152,14 @@ class SmartStageOptions:
         for name in ("use_stage_subgraph_thread_pool", "do_smart_stage", "keep_random_order", "bypass"):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
+        _require("device", self.device, _is_device, 'must be None or a device, for example "cuda" or "cuda:1"')
         _require("name", self.name, _is_name, "must be None or a non-empty string")
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
         _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
         _require("planner", self.planner, lambda v: v in _PLANNERS, f"must be one of {_PLANNERS}")
+        if self.stage_subgraph_stream_id is not None:
+            _require_int("stage_subgraph_stream_id", self.stage_subgraph_stream_id, 0)
+            check_stage_stream(self.stage_subgraph_stream_id)
         if self.max_ignored is not None:
             _require_int("max_ignored", self.max_ignored, 0)
             if not self.ignored_exception_types:
@@ -229,7 +242,6 @@ _LEAST = {
     "max_capacity": 1,
     "max_num_threads": 1,
     "stage_subgraph_thread_pool_id": 0,
-    "stage_subgraph_stream_id": 0,
 }
 _TUNABLE = ("capacity", "num_threads")
 _LOOKUPS = ("auto", "exact", "main", "stale")
@@ -258,6 +270,15 @@ def _is_path(value: object) -> bool:
 
 def _is_bool_or_none(value: object) -> bool:
     return value is None or isinstance(value, bool)
+
+
+def _is_device(value: object) -> bool:
+    if isinstance(value, str):
+        try:
+            torch.device(value)
+        except RuntimeError:
+            return False
+    return value is None or isinstance(value, (str, torch.device))
 
 
 def _is_name(value: object) -> bool:

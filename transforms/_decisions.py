@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from torchstage._structure import is_text_leaf
+from torchstage._structure import is_text_leaf, travels
 from torchstage.transforms._example import QUESTION_METHODS, Example, NotKnown
 
 
@@ -68,15 +68,20 @@ class Decisions:
         self._modules = modules
         self._answers: dict[Any, str | None] = {}
 
-    def misfit(self, leaves: Sequence[Any]) -> str | None:
-        """Say which decision comes out differently for a call with these leaves, or None if none does."""
+    def misfit(self, leaves: Sequence[Any], home: torch.device | None = None) -> str | None:
+        """Say which decision comes out differently for a call with these leaves, or None if none does.
+
+        Args:
+            leaves: the leaves.
+            home: where those on the host will have been moved when the call is made; None if they stay.
+        """
         if not self.made:
             return None
         key = tuple([_shape_of(leaves[position]) for _, position in self._inputs])
         if key not in self._answers:
             if len(self._answers) >= _MOST_SHAPES:
                 return "the shapes differ from batch to batch and the forward decides on them"
-            self._answers[key] = self._first_other(leaves)
+            self._answers[key] = self._first_other(leaves, home)
         return self._answers[key]
 
     def positions(self) -> frozenset[int]:
@@ -87,8 +92,10 @@ class Decisions:
         """Return the model's tensors whose shapes the decisions depend on."""
         return tuple(value for value in self._state.values() if isinstance(value, torch.Tensor))
 
-    def _first_other(self, leaves: Sequence[Any]) -> str | None:
+    def _first_other(self, leaves: Sequence[Any], home: torch.device | None) -> str | None:
         given = {str(target): leaves[position] for target, position in self._inputs}
+        if home is not None:
+            given = {target: leaf.to(home) if travels(leaf) else leaf for target, leaf in given.items()}
         example = Example(self._graph, given, self._state, self._modules)
         for decision in self.made:
             try:

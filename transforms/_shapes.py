@@ -11,6 +11,8 @@ from typing import Any
 import sympy
 import torch
 
+from torchstage._structure import travels
+
 
 @dataclasses.dataclass(frozen=True)
 class Input:
@@ -53,14 +55,21 @@ class ShapeConstraints:
         """Return the positions of the leaves that are constrained."""
         return frozenset(self._positions)
 
-    def misfit(self, leaves: Sequence[Any]) -> str | None:
-        """Say why the graph does not hold for a call with these leaves, or None."""
+    def misfit(self, leaves: Sequence[Any], home: torch.device | None = None) -> str | None:
+        """Say why the graph does not hold for a call with these leaves, or None.
+
+        Args:
+            leaves: the leaves.
+            home: where those on the host will have been moved when the call is made; None if they stay.
+        """
         seen = []
         for position in self._positions:
             leaf = leaves[position]
             if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
                 return f"input {position} was a plain tensor when the forward was exported"
-            seen.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+            seen.append(
+                (leaf.shape, leaf.stride(), leaf.dtype, home if home is not None and travels(leaf) else leaf.device)
+            )
         key = tuple(seen)
         if key not in self._known:
             if len(self._known) >= _MOST_SHAPES:

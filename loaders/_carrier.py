@@ -1,0 +1,285 @@
+"""The carrier: moves a batch and what was staged for it to the accelerator, in one copy out of pinned memory.
+
+Contract (tests/test_carrier.py has a test per number).
+
+ 1. One copy. All dense tensors of a batch and of its staged values travel in one copy, queued on the stage's stream.
+ 2. No waiting. The thread that trains waits for nothing: it lets its stream wait for the copy.
+ 3. Reuse. Pinned memory is written again only once the copy out of it is done. There is as much of it as copies were under way
+    at once, each piece as large as the largest batch.
+ 4. Life. What was moved is kept from being given to somebody else before the training stream is done with it.
+ 5. Form. What arrives has the dtype, shape and strides that moving it by itself gives, and staged values that share memory
+    go on sharing it.
+ 6. What stays. Tensors that require grad, those that are on another device already, arrays, numbers and text are handed on as
+    they are. A tensor that only the stage reads does not travel: a deferred one stands for it.
+"""
+
+import threading
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from torchstage._deferred import Deferred
+from torchstage._memory import parts_of
+from torchstage._streams import Lane, Mark, lane_of
+from torchstage._structure import flatten, travels, unflatten
+from torchstage.errors import OptionError
+from torchstage.loaders._packing import Packing, pack
+from torchstage.loaders._source import Batch
+from torchstage.options import SmartStageOptions
+
+
+class Arrival:
+    """When what was carried may be used.
+
+    Args:
+        lane: where it was queued.
+
+    Attributes:
+        memories: tensors whose memory was made on the stage's stream.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self.memories: list[torch.Tensor] = []
+        self._lane = lane
+        self._mark: Mark | None = None
+
+    def close(self) -> None:
+        """Note that all has been queued."""
+        self._mark = self._lane.mark()
+
+    def wait(self) -> None:
+        """Let the calling thread's stream wait for it, and keep its memory for that stream."""
+        if self._mark is None:
+            return
+        self._mark.wait()
+        for memory in self.memories:
+            self._lane.lend(memory)
+
+
+class Carrier:
+    """See the module's contract.
+
+    Args:
+        device: the accelerator, with its index.
+        lane: the stream of the stage.
+        moves_batch: whether the tensors of a batch are moved, and not only staged values.
+    """
+
+    def __init__(self, device: torch.device, lane: Lane, moves_batch: bool) -> None:
+        self.device = device
+        self.lane = lane
+        self.moves_batch = moves_batch
+        self._pinned = Pinned(device)
+
+    def at_once(self, tree: Any) -> Any:
+        """Return a tree with its tensors moved, as a training loop moves them. The calling thread waits."""
+        if not self.moves_batch:
+            return tree
+        leaves, spec = flatten(tree)
+        return unflatten([leaf.to(self.device) if travels(leaf) else leaf for leaf in leaves], spec)
+
+    def carry(
+        self,
+        batch: Batch,
+        number: int,
+        staying: Collection[int] = (),
+        values: Sequence[Any] = (),
+        moved: Sequence[bool] = (),
+    ) -> tuple[Batch, list[Any], Arrival]:
+        """Queue the move of a batch and of what was computed of it. Runs on a worker.
+
+        Args:
+            batch: the batch, on the host.
+            number: which it is, for messages.
+            staying: ids of its leaves that need not travel.
+            values: what the host's part of the stage returned.
+            moved: for each of them, whether its tensors travel.
+
+        Returns:
+            The batch and the values to hand on, and when they may be used. Whoever queues more first has to
+            `Arrival.close` it again.
+
+        Raises:
+            BatchOverwrittenError: the loader has written into the batch since it was read.
+        """
+        load = _Load(self.device)
+        leaves = [self._loaded(leaf, load, staying) for leaf in batch.leaves] if self.moves_batch else batch.leaves
+        carried = [
+            torch.fx.node.map_aggregate(value, load.value) if travels else value
+            for value, travels in zip(values, moved, strict=True)
+        ]
+        arrival = Arrival(self.lane)
+        if any(isinstance(leaf, torch.Tensor) and leaf.device == self.device for leaf in batch.leaves):
+            self.lane.follow()  # the user's loader has queued what made it
+        with self.lane.entered(), torch.no_grad():
+            arrived = self._send(load, arrival)
+            leaves = [arrived(leaf) for leaf in leaves]
+            carried = [torch.fx.node.map_aggregate(value, arrived) for value in carried]
+        arrival.close()
+        return self._rebuilt(batch, number, leaves), carried, arrival
+
+    def _loaded(self, leaf: Any, load: "_Load", staying: Collection[int]) -> Any:
+        if not travels(leaf):
+            return leaf
+        if id(leaf) in staying and _is_dense(leaf):
+            return Deferred(leaf, self.device)
+        return load.leaf(leaf)
+
+    def _send(self, load: "_Load", arrival: Arrival) -> Any:
+        """Queue the copies; return a function from what stands in a load to what arrives for it."""
+        packing = pack(load.dense, apart=load.apart)
+        found: list[torch.Tensor] = []
+        if packing.slices:
+            memory = torch.empty(packing.nbytes, dtype=torch.uint8, device=self.device)
+            arrival.memories.append(memory)
+            self._pinned.send(packing, memory, self.lane)
+            found = packing.read(memory, arrival.memories.append)
+
+        def arrived(item: Any) -> Any:
+            if isinstance(item, _Packed):
+                return found[item.number]
+            if not isinstance(item, _Odd):
+                return item
+            tensor = item.tensor.to(self.device)
+            arrival.memories += [part for part in parts_of(tensor) if part.device == self.device]
+            return tensor
+
+        return arrived
+
+    def _rebuilt(self, batch: Batch, number: int, leaves: list[Any]) -> Batch:
+        """Return the batch that is handed out. What was packed may be overwritten from here on."""
+        if not self.moves_batch:
+            return batch
+        batch.check_not_overwritten(number)
+        deferred = {id(leaf.host) for leaf in leaves if type(leaf) is Deferred}
+        versions = [(tensor, version) for tensor, version in batch.versions if id(tensor) in deferred]
+        return Batch(unflatten(leaves, flatten(batch.value, batch.texts)[1]), leaves, batch.texts, versions)
+
+
+def carrier_of(model: torch.nn.Module | None, options: SmartStageOptions) -> Carrier | None:
+    """Return what moves the batches of a loader and what is staged for ``model``; None where all is on the CPU.
+
+    Raises:
+        OptionError: the device that the options name is not there.
+    """
+    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+    homes = list(dict.fromkeys(tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")))
+    asked = None if options.device is None else _with_index(torch.device(options.device))
+    if asked is not None and asked.type != "cpu":
+        return Carrier(asked, lane_of(asked, options.stage_subgraph_stream_id), moves_batch=True)
+    if len(homes) != 1:
+        return None
+    whole = asked is None and all(tensor.device == homes[0] for tensor in tensors)
+    return Carrier(homes[0], lane_of(homes[0], options.stage_subgraph_stream_id), moves_batch=whole)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return the device that ``cuda`` means now; checks that it is there."""
+    if device.type == "cpu":
+        return device
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:
+        raise OptionError(f"device must be one that torch can use here. Found: {str(device)!r} ({error}).") from error
+
+
+class _Packed:
+    """Stands for a dense tensor on its way."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Odd:
+    """Stands for a tensor that is sparse, nested or wrapped: it is moved by itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Load:
+    """What travels together. Leaves of the batch, which get memory of their own, come first.
+
+    Args:
+        device: where to.
+
+    Attributes:
+        dense: what is packed.
+        apart: how many of ``dense`` are leaves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.dense: list[torch.Tensor] = []
+        self.apart = 0
+        self._device = device
+        self._known: dict[int, _Packed] = {}
+
+    def leaf(self, leaf: torch.Tensor) -> Any:
+        """Add a tensor of the batch; return what stands for it."""
+        if not _is_dense(leaf):
+            return _Odd(leaf)
+        # As moving it would give it: strides with gaps or overlaps are not kept.
+        dense = leaf if leaf.is_contiguous() or torch.empty_like(leaf).stride() == leaf.stride() else leaf.clone()
+        self.dense.append(dense.detach())
+        self.apart += 1
+        return _Packed(len(self.dense) - 1)
+
+    def value(self, value: Any) -> Any:
+        """Add a tensor that was staged; return what stands for it, anything else as it is."""
+        if not isinstance(value, torch.Tensor) or value.device == self._device != _CPU:
+            return value
+        if not _is_dense(value):
+            return _Odd(value)
+        if id(value) not in self._known:  # the same tensor twice is one tensor
+            self.dense.append(value)
+            self._known[id(value)] = _Packed(len(self.dense) - 1)
+        return self._known[id(value)]
+
+
+class Pinned:
+    """Pieces of pinned memory for copies to an accelerator, number 3 of the contract. Any thread may send.
+
+    Args:
+        device: the accelerator; for the CPU, which copies at once, the memory is not pinned.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._free: list[tuple[torch.Tensor, Mark | None]] = []
+        self.pieces = 0
+
+    def send(self, packing: Packing, target: torch.Tensor, lane: Lane) -> None:
+        """Queue the copy of ``packing`` to ``target``, uint8 [nbytes], on the stream that the calling thread is on."""
+        with self._lock:
+            memory, mark = self._free.pop(0) if self._free and self._is_done() else (None, None)
+        if mark is not None:
+            mark.synchronize()
+        if memory is None or len(memory) < packing.nbytes:
+            self.pieces += memory is None
+            memory = self._make(packing.nbytes)
+        packing.write(memory)
+        target.copy_(memory[: packing.nbytes], non_blocking=True)
+        with self._lock:
+            self._free.append((memory, lane.mark()))
+
+    def _is_done(self) -> bool:
+        """Whether the copy that was queued first is over; if not, a worker waits for it once there are enough pieces."""
+        mark = self._free[0][1]
+        return mark is None or mark.query() or self.pieces >= MOST_PIECES
+
+    def _make(self, nbytes: int) -> torch.Tensor:
+        size = max(1 << (nbytes - 1).bit_length(), 1 << 12)  # a power of two: batches differ a little in size
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    return plain and not tensor.is_nested and not tensor.is_conj() and not tensor.is_neg()
+
+
+_CPU = torch.device("cpu")
+MOST_PIECES = 4
+"""Pieces of pinned memory from which on a worker waits for one rather than making another."""
