@@ -1,0 +1,116 @@
+"""A simulated accelerator, ``torch.device("sim:0")``, for machines without one. See device.cpp for what it is like.
+
+Its streams are lazy: a copy from the host that is queued with ``non_blocking=True`` on any stream but the default one is made
+when that stream, or an event that was recorded on it afterwards, is waited for, and not before.
+"""
+
+import contextlib
+import functools
+import pathlib
+import shutil
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import cpp_extension
+
+DEVICE = "sim:0"
+
+
+class Transfer(NamedTuple):
+    """A copy between host and device, or a number read.
+
+    Attributes:
+        direction: "in" to the device, "out" from it, "item" for a number that Python asked for.
+        nbytes: bytes of it.
+        thread: a number of the thread, see `this_thread`.
+        stream: the stream it was queued on, 0 for the default one.
+    """
+
+    direction: str
+    nbytes: int
+    thread: int
+    stream: int
+
+
+@functools.cache
+def load() -> str | None:
+    """Compile and register the device, once for each process; say why that is not possible, or None."""
+    if not shutil.which("ninja") or not shutil.which("c++"):
+        return "the simulated accelerator needs ninja and a C++ compiler"
+    try:
+        source = str(pathlib.Path(__file__).with_name("device.cpp"))
+        extension = cpp_extension.load(name="torchstage_simulated", sources=[source], extra_cflags=["-O0"])
+    except Exception as error:  # noqa: BLE001 - another torch, another compiler
+        return f"the simulated accelerator could not be built: {str(error)[:200]}"
+    torch.utils.rename_privateuse1_backend("sim")
+    extension.register_hooks()
+    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._register_device_module("sim", _module(extension))  # type: ignore[no-untyped-call]
+    return None
+
+
+def transfers() -> list[Transfer]:
+    """Return what was transferred since the last call."""
+    return [Transfer(*each) for each in _extension().transfers()]
+
+
+def this_thread() -> int:
+    """Return the number of the calling thread."""
+    return int(_extension().this_thread())
+
+
+def lent() -> int:
+    """Return how often `Tensor.record_stream` was called."""
+    return int(_extension().lent())
+
+
+def _extension() -> Any:
+    return sys.modules["torch.sim"]._extension
+
+
+def _module(extension: Any) -> Any:
+    """Return the device's module, with the names that ``torch.cuda`` has."""
+    module: Any = types.ModuleType("torch.sim")
+    module._extension = extension
+    generator, default = torch.Generator(), torch.Stream(stream_id=0, device_index=0, device_type=_device_type())
+    lock = threading.Lock()
+
+    def current_stream(device: Any = None) -> torch.Stream:
+        return torch.accelerator.current_stream(torch.device(DEVICE))
+
+    @contextlib.contextmanager
+    def stream(entered: torch.Stream) -> Iterator[None]:
+        before = current_stream()
+        torch.accelerator.set_stream(entered)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        with lock:
+            generator.set_state(state)
+
+    module.Stream = lambda device=None, priority=0: torch.Stream(DEVICE, priority=priority)
+    module.Event = lambda **options: torch.Event(DEVICE, **options)
+    module.current_stream = current_stream
+    module.default_stream = lambda device=None: default
+    module.stream = stream
+    module.set_rng_state = set_rng_state
+    module.get_rng_state = lambda device=None: generator.get_state()
+    module.synchronize = lambda device=None: torch.accelerator.synchronize(DEVICE)
+    module.is_available = module.is_initialized = lambda: True
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = generator.manual_seed
+    module.device_count = lambda: 1
+    module.current_device = lambda: 0
+    module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+    return module
+
+
+def _device_type() -> int:
+    return 20  # PrivateUse1 among c10's device types
