@@ -19,6 +19,7 @@ from torchstage._deferred import Deferred
 from torchstage.errors import FallbackWarning, OptionError
 
 Batches = Callable[[], Any]
+simulated.build()  # here, since a test that takes as long as a compiler counts as one that hangs
 
 
 @pytest.fixture(params=["sim:0", pytest.param("cuda:0", marks=pytest.mark.gpu)])
@@ -66,7 +67,7 @@ def train(model: nn.Module, batches: Any, forward: Callable[[nn.Module, Any], to
             output.square().mean().backward()
             optimizer.step()
             outputs.append(output.detach().cpu())
-            gradients += [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+            gradients += [p.grad.cpu().to_dense() for p in model.parameters() if p.grad is not None]
     return Run(outputs, gradients, {name: value.cpu() for name, value in model.state_dict().items()})
 
 
@@ -85,6 +86,7 @@ def compare(
     make: Callable[[torch.device], nn.Module],
     batches: Batches,
     forward: Callable[..., torch.Tensor],
+    /,
     **options: Any,
 ) -> Any:
     """Train plain and staged from the same start; both must be equal. Returns the staged loader."""
@@ -138,10 +140,7 @@ def test_a_batch_arrives_on_the_device_and_a_loops_own_move_gives_it_back(device
 
 
 def test_what_only_the_stage_reads_does_not_travel_until_somebody_asks(sim: torch.device) -> None:
-    model, loader = torchstage.smart_stage(clicks(sim), click_loader(64), stage_subgraph_on_cpu=None)
-    batches = [(dense.clone(), ids, label) for dense, ids, label in click_loader(64)]
-    assert batches
-    simulated.transfers()
+    model, loader = torchstage.smart_stage(clicks(sim), list(click_loader(64)))
     kept = []
     for batch in loader:
         click(model, batch, sim).mean().backward()
@@ -158,7 +157,7 @@ def test_what_only_the_stage_reads_does_not_travel_until_somebody_asks(sim: torc
 
 
 def test_the_training_thread_moves_nothing_and_waits_for_nothing(sim: torch.device) -> None:
-    model, loader = torchstage.smart_stage(clicks(sim), click_loader(200), num_threads=2, capacity=3)
+    model, loader = torchstage.smart_stage(clicks(sim), list(click_loader(200)), num_threads=2, capacity=3)
     for number, batch in enumerate(loader):
         output = click(model, batch, sim)
         found = [t for t in simulated.transfers() if t.thread == simulated.this_thread()]
@@ -173,11 +172,11 @@ def test_copies_are_queued_on_the_stream_that_was_asked_for(sim: torch.device) -
     number = torchstage.add_stage_stream(priority=-1)
     seen = {}
     for asked in (None, 0, number):
-        model, loader = torchstage.smart_stage(clicks(sim), click_loader(64), stage_subgraph_stream_id=asked)
+        model, loader = torchstage.smart_stage(clicks(sim), list(click_loader(64)), stage_subgraph_stream_id=asked)
         simulated.transfers()
         train(model, loader, functools.partial(click, device=sim), epochs=1)
         own = simulated.this_thread()
-        seen[asked] = {t.stream for t in simulated.transfers() if t.thread != own}
+        seen[asked] = {t.stream for t in simulated.transfers() if t.thread != own and t.direction == "in"}
     assert seen[0] == {0}
     assert 0 not in seen[None] | seen[number]
     assert seen[None] != seen[number]
@@ -371,10 +370,10 @@ def test_inputs_that_are_made_by_the_binding_are_made_of_the_moved_batch(device:
 
 
 def test_an_error_on_the_host_arrives_at_its_batch_with_the_operation(device: torch.device) -> None:
-    batches = [*text_batches()[:2], ([["no text"]], torch.zeros(1, 2), torch.zeros(1)), *text_batches()[2:]]
+    batches = [*text_batches()[:2], (["\ud800"], torch.zeros(1, 2), torch.zeros(1)), *text_batches()[2:]]
     model, loader = torchstage.smart_stage(own_moves(device), batches)
     seen = 0
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(UnicodeEncodeError) as caught:
         for words, numbers, _ in loader:
             model(words, numbers)
             seen += 1

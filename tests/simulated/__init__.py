@@ -6,9 +6,16 @@ when that stream, or an event that was recorded on it afterwards, is waited for,
 
 import contextlib
 import functools
+import getpass
+import hashlib
+import importlib.util
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import types
 from collections.abc import Iterator
@@ -18,6 +25,7 @@ import torch
 from torch.utils import cpp_extension
 
 DEVICE = "sim:0"
+_NAME = "torchstage_simulated"
 
 
 class Transfer(NamedTuple):
@@ -37,15 +45,49 @@ class Transfer(NamedTuple):
 
 
 @functools.cache
+def build() -> pathlib.Path | str:
+    """Compile the device, once for each version of it, of torch and of Python; return the library, or why there is none."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "the simulated accelerator needs a C++ compiler"
+    source = pathlib.Path(__file__).with_name("device.cpp")
+    key = hashlib.sha256(f"{source.read_text()} {torch.__version__} {sys.version}".encode()).hexdigest()[:16]
+    library = pathlib.Path(tempfile.gettempdir()) / f"torchstage-{getpass.getuser()}" / f"{_NAME}_{key}.so"
+    if not library.exists():
+        library.parent.mkdir(mode=0o700, exist_ok=True)
+        made = library.with_suffix(f".{os.getpid()}")
+        folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        command = [
+            compiler,
+            "-std=c++20",
+            "-O0",
+            "-shared",
+            "-fPIC",
+            f"-DTORCH_EXTENSION_NAME={_NAME}",
+            *(f"-I{f}" for f in folders),
+        ]
+        links = [*libraries, "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+        done = subprocess.run(
+            [*command, str(source), "-o", str(made), *links], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return f"the simulated accelerator cannot be compiled here: {done.stderr[-500:]}"
+        made.replace(library)  # at once: other test runs may be building it too
+    return library
+
+
+@functools.cache
 def load() -> str | None:
-    """Compile and register the device, once for each process; say why that is not possible, or None."""
-    if not shutil.which("ninja") or not shutil.which("c++"):
-        return "the simulated accelerator needs ninja and a C++ compiler"
-    try:
-        source = str(pathlib.Path(__file__).with_name("device.cpp"))
-        extension = cpp_extension.load(name="torchstage_simulated", sources=[source], extra_cflags=["-O0"])
-    except Exception as error:  # noqa: BLE001 - another torch, another compiler
-        return f"the simulated accelerator could not be built: {str(error)[:200]}"
+    """Register the device in this process, once; say why that is not possible, or None."""
+    library = build()
+    if isinstance(library, str):
+        return library
+    specification = importlib.util.spec_from_file_location(_NAME, library)
+    assert specification is not None
+    assert specification.loader is not None
+    extension: Any = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(extension)
     torch.utils.rename_privateuse1_backend("sim")
     extension.register_hooks()
     torch.utils.generate_methods_for_privateuse1_backend()

@@ -53,12 +53,14 @@ std::vector<Transfer> transfers;
 std::atomic<int64_t> lent{0};
 
 void run_until(int64_t stream, int64_t count) {
+  // To be freed or held, memory that Python knows may need its lock, which whoever waits for ours would never give up.
+  std::vector<std::function<void()>> freed_unlocked;
   std::lock_guard<std::recursive_mutex> lock(mutex);
   auto& queue = queues[stream];
   while (queue.done < count && !queue.waiting.empty()) {
-    auto copy = std::move(queue.waiting.front());
+    freed_unlocked.push_back(std::move(queue.waiting.front()));
     queue.waiting.pop_front();
-    copy();
+    freed_unlocked.back()();
     ++queue.done;
   }
 }
@@ -192,9 +194,15 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool non_
     transfers.push_back({from_host ? "in" : "out", static_cast<int64_t>(self.nbytes()),
                          std::hash<std::thread::id>{}(std::this_thread::get_id()), current});
   }
-  if (from_host && non_blocking && current != 0) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    queues[current].waiting.push_back([self, target] { on_host(target).copy_(on_host(self)); });
+  const bool plain = self.is_contiguous() && target.is_contiguous() && self.dtype() == target.dtype();
+  if (from_host && non_blocking && current != 0 && plain && self.sizes() == target.sizes()) {
+    std::function<void()> copy = [kept = c10::Storage(self.storage()), also = c10::Storage(target.storage()),
+                                  from = self.const_data_ptr(), to = target.mutable_data_ptr(),
+                                  nbytes = self.nbytes()] { std::memcpy(to, from, nbytes); };
+    {
+      std::lock_guard<std::recursive_mutex> lock(mutex);
+      queues[current].waiting.push_back(std::move(copy));
+    }
     return target;
   }
   run_until(current, queued(current));
