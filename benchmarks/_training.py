@@ -49,6 +49,15 @@ def modes(settings: Settings) -> dict[str, dict[str, Any] | None]:
     """Return the options of `torchstage.smart_stage` of each loop, by its name; None for the plain one."""
     fixed = {"num_threads": settings.num_threads, "capacity": settings.capacity}
     tuned = {"num_threads": torchstage.AUTOTUNE, "capacity": torchstage.AUTOTUNE}
+    if settings.device != "cpu":
+        return {
+            PLAIN: None,
+            "auto": fixed,
+            "host": fixed | {"stage_subgraph_on_cpu": True, "bypass": False},
+            "there": fixed | {"stage_subgraph_on_cpu": False, "bypass": False},
+            "tuned": tuned,
+            READY: {"capacity": 16, "bypass": False},
+        }
     return {
         PLAIN: None,
         "auto": fixed,

@@ -38,8 +38,10 @@ SAYS = {
     "main": 'lookups="main": rows of trained tables are gathered in the step',
     "exact": 'lookups="exact": they are gathered ahead and repaired in the step',
     "stale": 'lookups="stale": never repaired, so the numbers are others',
+    "host": "stage_subgraph_on_cpu=True: all of the stage runs on the host, and its values are moved in one copy",
+    "there": "stage_subgraph_on_cpu=False: the stage runs on the accelerator, in a stream of its own",
     "tuned": "num_threads=AUTOTUNE, capacity=AUTOTUNE",
-    READY: 'the ceiling: lookups="main", every batch staged and in hand before the clock starts, nothing beside the step',
+    READY: "the ceiling: rows gathered in the step, every batch staged and in hand before the clock starts, nothing beside it",
 }
 
 

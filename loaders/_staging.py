@@ -69,6 +69,8 @@ def make_staging(
             mode, modules, plan, ReplayParts(getattr(model, capture.method), capture, plan, mode, options, recorder)
         )
     placement = place(capture, plan)
+    if placement is not None:
+        plan = dataclasses.replace(plan, device=str(placement.device), on_host=placement.host)
     parts = GraphParts(model, capture, plan, mode, pool, options, recorder, placement=placement)
     return Staging(mode, modules, plan, parts)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import torchstage
+from tests import simulated
 
 PATIENCE_SECONDS = 5.0
 
@@ -51,6 +52,25 @@ def _nothing_left_behind() -> Iterator[None]:
     left = [thread for thread in started if thread.is_alive()]
     if left:
         pytest.fail("threads are left after the test:\n" + "\n".join(map(_where, left)), pytrace=False)
+
+
+@pytest.fixture(params=["sim:0", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """An accelerator: a simulated one, and a GPU where there is one."""
+    if request.param.startswith("cuda"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+    elif why := simulated.load():
+        pytest.skip(why)
+    else:
+        simulated.transfers()
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compile the simulated accelerator for the tests that use it: one that takes as long would count as one that hangs."""
+    if any("device" in getattr(item, "fixturenames", ()) for item in items):
+        simulated.build()
 
 
 def _is_foreign(thread: threading.Thread) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -71,6 +72,32 @@ def assert_same_training(recipe: Recipe, rows: Rows, **options: Any) -> torchsta
     assert loader.stats.staged_steps == loader.stats.batches == len(rows)
     assert not loader.stats.fallbacks
     return loader
+
+
+@pytest.mark.parametrize("on_cpu", [None, True, False])
+@every_model
+def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
+    name: str, on_cpu: bool | None, device: torch.device
+) -> None:
+    if name == "DIEN" and device.type == "sim":
+        pytest.skip("the simulated accelerator has no recurrent layers")
+    if name == "DIN" and device.type == "sim" and on_cpu is not None:
+        pytest.skip("the simulated accelerator takes seconds for tables as large as these")
+    made = MODELS[name]
+
+    def build() -> nn.Module:
+        model = made.build().to(device)
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.sparse = device.type != "sim"  # which has no sparse tensors
+        return model
+
+    recipe = dataclasses.replace(made, build=build)
+    rows = recipe.rows(2 * BATCH + LAST, seed=1, epochs=1, batch_size=BATCH)
+    loader = assert_same_training(recipe, rows, stage_subgraph_on_cpu=on_cpu, bypass=False, num_threads=2, capacity=2)
+    assert loader.plan is not None
+    assert "string_to_hash_bucket" in {n.target for n in loader.plan.lifted if n.name in loader.plan.on_host}
+    assert f"  on {device}, in the stage's stream: " in str(loader.plan)
 
 
 @every_model

@@ -164,6 +164,8 @@ class Plan:
         predicted: the time of a step by the measured costs; None before they are known.
         measured: the time of a step as it was seen; None where the two stages were not tried against each other.
         unread: why no batch is read ahead of its step, and what would help; empty where batches are read ahead.
+        device: the accelerator that the stage's values go to; empty for the CPU.
+        on_host: names of the lifted nodes that run on the host, where there is an accelerator.
     """
 
     model: str
@@ -180,6 +182,8 @@ class Plan:
     predicted: StepTimes | None = None
     measured: StepTimes | None = None
     unread: str = ""
+    device: str = ""
+    on_host: frozenset[str] = frozenset()
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -222,7 +226,7 @@ class Plan:
             lines += [f"  nothing is staged: {self.why_empty()}", *self.timing()]
             return "\n".join([*lines, *[f"  table {table}" for table in self.tables]])
         if self.lifted:
-            lines += ["  lifted:", *_grouped(self.lifted)]
+            lines += ["  lifted:", *_grouped(self.lifted), *self._places()]
         lines += [f"  values that cross to the step: {_counted(list(self.cut)) or 'none'}"]
         lines += [f"  computed again in the step: {_counted(list(self.again))}"] if self.again else []
         lines += self.timing()
@@ -230,6 +234,17 @@ class Plan:
         lines += [f"  table {table}" for table in self.tables]
         lines += [f"  called as a whole: `{path}`, {why}" for path, why in self.opaque]
         return "\n".join(lines)
+
+    def _places(self) -> list[str]:
+        """Say what of the stage runs on the host and what on the accelerator."""
+        if not self.device:
+            return []
+        here = [node.target for node in self.lifted if node.name in self.on_host]
+        there = [node.target for node in self.lifted if node.name not in self.on_host]
+        return [
+            f"  on the host: {_counted(here) or 'none'}",
+            f"  on {self.device}, in the stage's stream: {_counted(there) or 'none'}",
+        ]
 
     def way(self) -> str:
         """Say how the forward was captured, and why not in a way that is cheaper to run."""

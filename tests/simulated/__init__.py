@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import cpp_extension
 
 DEVICE = "sim:0"
 _NAME = "torchstage_simulated"
@@ -56,8 +55,9 @@ def build() -> pathlib.Path | str:
     if not library.exists():
         library.parent.mkdir(mode=0o700, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
-        folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        # Not by torch.utils.cpp_extension, whose import changes what setuptools does for the rest of the process.
+        home = pathlib.Path(torch.__file__).parent
+        folders = [home / "include", home / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]]
         command = [
             compiler,
             "-std=c++20",
@@ -67,7 +67,7 @@ def build() -> pathlib.Path | str:
             f"-DTORCH_EXTENSION_NAME={_NAME}",
             *(f"-I{f}" for f in folders),
         ]
-        links = [*libraries, "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+        links = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
         done = subprocess.run(
             [*command, str(source), "-o", str(made), *links], capture_output=True, text=True, check=False
         )
@@ -91,7 +91,7 @@ def load() -> str | None:
     torch.utils.rename_privateuse1_backend("sim")
     extension.register_hooks()
     torch.utils.generate_methods_for_privateuse1_backend()
-    torch._register_device_module("sim", _module(extension))  # type: ignore[no-untyped-call]
+    torch._register_device_module("sim", _module(extension))
     return None
 
 
