@@ -248,15 +248,12 @@ class Pinned:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock = threading.Lock()
-        self._free: list[tuple[torch.Tensor, Mark | None]] = []
+        self._free: list[tuple[torch.Tensor, Mark]] = []
         self.pieces = 0
 
     def send(self, packing: Packing, target: torch.Tensor, lane: Lane) -> None:
         """Queue the copy of ``packing`` to ``target``, uint8 [nbytes], on the stream that the calling thread is on."""
-        with self._lock:
-            memory, mark = self._free.pop(0) if self._free and self._is_done() else (None, None)
-        if mark is not None:
-            mark.synchronize()
+        memory = self._take()
         if memory is None or len(memory) < packing.nbytes:
             self.pieces += memory is None
             memory = self._make(packing.nbytes)
@@ -265,10 +262,19 @@ class Pinned:
         with self._lock:
             self._free.append((memory, lane.mark()))
 
-    def _is_done(self) -> bool:
-        """Whether the copy that was queued first is over; if not, a worker waits for it once there are enough pieces."""
-        mark = self._free[0][1]
-        return mark is None or mark.query() or self.pieces >= MOST_PIECES
+    def _take(self) -> torch.Tensor | None:
+        """Return the piece whose copy was queued first, if it is over or there are enough pieces to wait for it."""
+        with self._lock:
+            if not self._free:
+                return None
+            memory, mark = self._free[0]
+            done = mark.query()
+            if not done and self.pieces < MOST_PIECES:
+                return None
+            del self._free[0]
+        if not done:
+            mark.synchronize()
+        return memory
 
     def _make(self, nbytes: int) -> torch.Tensor:
         size = max(1 << (nbytes - 1).bit_length(), 1 << 12)  # a power of two: batches differ a little in size
