@@ -25,6 +25,7 @@ from torchstage.loaders._handler import Handler, Staged, hand_on
 from torchstage.loaders._parts import Call
 from torchstage.loaders._planner import Search
 from torchstage.loaders._replay import ReplayParts, record
+from torchstage.loaders._rival import Rival
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging
 from torchstage.loaders._stagings import Stagings
@@ -131,7 +132,7 @@ class Stager:
             return self._handler.stage(self, staging, batch, number, BYPASSED)
         return self._handler.stage(self, staging, batch, number)
 
-    def _is_bypassed(self, bypass: Bypass, settled: bool, search: Search | None) -> bool:
+    def _is_bypassed(self, bypass: Bypass, settled: bool, search: Search | Rival | None) -> bool:
         plain = bypass.plain(settled and (search is None or search.settled))
         if bypass.off and bypass.seen is not None:
             self.recorder.warn_once(

@@ -3,7 +3,9 @@
 Called on the training thread only, under the stager's lock, but for `Stagings.search_of`.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torchstage._threads import StageThreadPool
 from torchstage.errors import EmptyStageWarning
 from torchstage.loaders._graphs import GraphParts
 from torchstage.loaders._planner import Search
+from torchstage.loaders._rival import Rival
 from torchstage.loaders._rungs import Call, capture_whole
 from torchstage.loaders._staging import Staging, make_staging
 from torchstage.options import SmartStageOptions
@@ -58,7 +61,7 @@ class Stagings:
         self.away: frozenset[int] = frozenset()
         self._known: dict[Mode, Staging] = {}
         self._captures: dict[Mode, Capture | str] = {}
-        self._searches: dict[Mode, Search] = {}
+        self._searches: dict[Mode, Search | Rival] = {}
         self._changing: set[str] = set()
         self._graph_training = model.training
 
@@ -73,8 +76,8 @@ class Stagings:
         """Return the capture of a mode, or why there is none; None if it was not tried."""
         return self._captures.get(mode)
 
-    def search_of(self, staging: Staging) -> Search | None:
-        """Return the search for the best cut that began with ``staging``. Any thread may ask."""
+    def search_of(self, staging: Staging) -> Search | Rival | None:
+        """Return the search that began with ``staging``. Any thread may ask."""
         search = self._searches.get(staging.mode)
         return search if search is not None and search.largest is staging else None
 
@@ -126,20 +129,16 @@ class Stagings:
             pool=self._pool,
             options=self._options,
             recorder=self._recorder,
-            place=lambda captured, plan: self._place(captured, plan, mode, call),
+            place=lambda captured, plan: self._place(captured, plan, mode, call, self._options.stage_subgraph_on_cpu),
         )
         if len(self._known) >= _MOST_MODES:
             self._known.clear()
         self._known[mode] = staging
         searches = {m: s for m, s in self._searches.items() if self._known.get(m) is s.largest}
-        if (
-            self._options.planner == "cost"
-            and self._device is None
-            and staging.plan.lifted
-            and isinstance(staging.parts, GraphParts)
-        ):
-            assert isinstance(captured, Capture)
-            searches[mode] = self._search(staging, staging.parts, captured)
+        if isinstance(captured, Capture) and isinstance(staging.parts, GraphParts):
+            search = self._search_from(staging, staging.parts, captured, call)
+            if search is not None:
+                searches[mode] = search
         self._searches = searches
         if staging.parts is None and staging.recording is None:
             name, why = type(self._model).__name__, staging.plan.why_empty()
@@ -147,7 +146,7 @@ class Stagings:
             self._recorder.warn_once(f"empty {mode.training}", EmptyStageWarning, message)
         return staging
 
-    def _place(self, capture: Capture, plan: Plan, mode: Mode, call: Call) -> Placement | None:
+    def _place(self, capture: Capture, plan: Plan, mode: Mode, call: Call, on_host: bool | None) -> Placement | None:
         """Decide where the stage of a plan runs, by running it once on the accelerator; None for the CPU."""
         if self._device is None:
             return None
@@ -158,10 +157,10 @@ class Stagings:
         except Exception:  # noqa: BLE001 - it is raised to the client, at the position of a batch that raises it
             values = []
         known = dict(zip(part.outputs, values, strict=False))
-        on_host = self._options.stage_subgraph_on_cpu
         return place(capture, plan, self._device, leaves, known, on_host=on_host, away=self.away)
 
-    def _search(self, staging: Staging, base: GraphParts, captured: Capture) -> Search:
+    def _search_from(self, staging: Staging, base: GraphParts, captured: Capture, call: Call) -> Search | Rival | None:
+        """Return the search that begins with ``staging``: for the best cut, or on an accelerator for the better place."""
         build = functools.partial(
             GraphParts,
             self._model,
@@ -170,8 +169,27 @@ class Stagings:
             pool=self._pool,
             options=self._options,
             recorder=self._recorder,
+            base=base,
         )
-        return Search(staging, captured, lambda plan: build(plan=plan, base=base), self._options, self._recorder)
+        if self._device is not None:
+            return self._rival(staging, captured, call, build)
+        if self._options.planner != "cost" or not staging.plan.lifted:
+            return None
+        return Search(staging, captured, lambda plan: build(plan=plan), self._options, self._recorder)
+
+    def _rival(self, staging: Staging, captured: Capture, call: Call, build: Callable[..., GraphParts]) -> Rival | None:
+        plan = staging.plan
+        there = None
+        if self._options.stage_subgraph_on_cpu is None:
+            there = self._place(captured, plan, staging.mode, call, False)
+        if there is None or there.host == plan.on_host:
+            return None
+
+        def other() -> Staging:
+            parts = build(plan=plan, placement=there)
+            return dataclasses.replace(staging, plan=dataclasses.replace(plan, on_host=there.host), parts=parts)
+
+        return Rival(staging, other, self._options.most_batches, self._recorder)
 
 
 _MOST_MODES = 16

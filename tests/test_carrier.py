@@ -74,7 +74,7 @@ def carrier(lane: Lane) -> Carrier:
 
 def test_1_a_batch_and_its_staged_values_travel_in_one_piece(carrier: Carrier) -> None:
     batch = batch_of({"x": torch.randn(3, 4), "y": [torch.arange(5), torch.tensor(2.0)]})
-    values = [torch.arange(7), (torch.ones(2), 3), "text"]
+    values: list[Any] = [torch.arange(7), (torch.ones(2), 3), "text"]
     carried, found, arrival = carrier.carry(batch, 0, values=values, moved=[True, True, True])
     assert len(arrival.memories) == 1
     memory = arrival.memories[0].untyped_storage().data_ptr()

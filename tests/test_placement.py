@@ -139,7 +139,7 @@ class Prefix(nn.Module):
     def __init__(self, state: int = 5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(5))
-        self.register_buffer("mean", torch.zeros(state))
+        self.mean = nn.Parameter(torch.zeros(state), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         centred = x - self.mean[:5]

@@ -54,7 +54,7 @@ class NodeCost:
 
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Seconds from batch to batch with the largest stage, and with the one that the costs propose."""
+    """Seconds from batch to batch with what a trial began with, the largest stage, and with what it proposes."""
 
     largest: float
     proposed: float
@@ -166,6 +166,8 @@ class Plan:
         unread: why no batch is read ahead of its step, and what would help; empty where batches are read ahead.
         device: the accelerator that the stage's values go to; empty for the CPU.
         on_host: names of the lifted nodes that run on the host, where there is an accelerator.
+        places: the time of a step as it was seen with a part of the stage on the host, and with all of it on the accelerator;
+            None where the two were not tried.
     """
 
     model: str
@@ -184,6 +186,7 @@ class Plan:
     unread: str = ""
     device: str = ""
     on_host: frozenset[str] = frozenset()
+    places: StepTimes | None = None
 
     @property
     def lifted(self) -> tuple[NodePlan, ...]:
@@ -241,9 +244,16 @@ class Plan:
             return []
         here = [node.target for node in self.lifted if node.name in self.on_host]
         there = [node.target for node in self.lifted if node.name not in self.on_host]
-        return [
+        lines = [
             f"  on the host: {_counted(here) or 'none'}",
             f"  on {self.device}, in the stage's stream: {_counted(there) or 'none'}",
+        ]
+        if self.places is None:
+            return lines
+        ours, other = (f"{seconds * 1e3:.2f} ms" for seconds in (self.places.largest, self.places.proposed))
+        return [
+            *lines,
+            f"  a step, seen: {ours} with a part of the stage on the host, {other} with all on {self.device}",
         ]
 
     def way(self) -> str:
