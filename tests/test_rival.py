@@ -25,14 +25,14 @@ class Job:
         self.now = 0.0
         self.seconds = {"ours": ours, "other": other}
         self.built = 0
-        self.first: Any = _Staging(Plan("ours", True, (), ()))
+        self.first: Any = staging_of("ours")
         self.build: Any = self._build_other
         self.rival = Rival(self.first, lambda: self.build(), LAG, Recorder("test"), clock=lambda: self.now)
         self.buffer: list[Any] = []
 
     def _build_other(self) -> Any:
         self.built += 1
-        return _Staging(Plan("other", True, (), ()))
+        return staging_of("other")
 
     def run(self, steps: int) -> list[str]:
         ran = []
@@ -52,6 +52,10 @@ class Job:
 class _Staging:
     plan: Plan
     parts: None = None
+
+
+def staging_of(name: str) -> Any:
+    return _Staging(Plan(name, True, (), ()))
 
 
 @pytest.mark.parametrize(("ours", "other", "kept"), [(2.0, 1.0, "other"), (1.0, 2.0, "ours"), (1.0, 0.99, "ours")])
