@@ -68,8 +68,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Compile the simulated accelerator for the tests that use it: one that takes as long would count as one that hangs."""
-    if any("device" in getattr(item, "fixturenames", ()) for item in items):
+    """Put the tests of the simulated accelerator last, since torch goes on taking this machine for one that has it.
+
+    It is compiled here: a test that takes as long as a compiler would count as one that hangs.
+    """
+    last = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    items[:] = [item for item in items if "device" not in getattr(item, "fixturenames", ())] + last
+    if last:
         simulated.build()
 
 

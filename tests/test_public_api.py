@@ -21,6 +21,7 @@ PUBLIC = [
     "StagedDataLoader",
     "StagedModel",
     "Stats",
+    "add_stage_stream",
     "add_stage_thread_pool",
     "autotune",
     "close_stage_thread_pools",
