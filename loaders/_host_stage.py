@@ -1,7 +1,7 @@
 """The host's part of a stage that goes on on an accelerator, and the search for the operation of a stage that raises."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torchstage._memory import is_in, state_of
 from torchstage._mode import Ambient
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
-from torchstage.transforms._fuse import fuse
+from torchstage.loaders._executors import executor
+from torchstage.options import SmartStageOptions
+from torchstage.stats import Recorder
 from torchstage.transforms._lift import Host
 
 
@@ -21,11 +23,13 @@ class HostStage:
     Args:
         host: what runs.
         ambient: the settings of the training thread. A default device is not among those that count here.
+        options: how it is run.
+        recorder: where warnings go.
     """
 
-    def __init__(self, host: Host, ambient: Ambient) -> None:
+    def __init__(self, host: Host, ambient: Ambient, options: SmartStageOptions, recorder: Recorder) -> None:
         self._part = host.part
-        self._run: Callable[..., list[Any]] = fuse(host.part.module).forward
+        self._run = executor(host.part.module, ambient, options, recorder)
         self._ambient = ambient._replace(device=None)
         self._copies = [_Copy(tensor, copy) for tensor, copy in host.copies.pairs]
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ from torchstage._mode import Ambient, Mode
 from torchstage._structure import TreeSpec, is_tracked
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
+from torchstage.loaders._executors import executor
 from torchstage.loaders._host_stage import HostStage, locate
 from torchstage.loaders._policy import Policy
 from torchstage.loaders._rows import Rows, gather
@@ -21,7 +22,6 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
-from torchstage.transforms._fuse import fuse
 from torchstage.transforms._lift import Ahead
 from torchstage.transforms._verdicts import input_position
 
@@ -82,9 +82,11 @@ class Parts(abc.ABC):
         self._leaf_count = capture.in_spec.num_leaves
         self._ambient = mode.ambient
         self._ahead = ahead
-        self._stage: Callable[..., list[Any]] = fuse(ahead.stage.module).forward
+        self._stage = executor(ahead.stage.module, mode.ambient, options, recorder)
         self.moved: tuple[bool, ...] = () if ahead.host is None else ahead.host.moved
-        self._host: HostStage | None = None if ahead.host is None else HostStage(ahead.host, mode.ambient)
+        self._host: HostStage | None = (
+            None if ahead.host is None else HostStage(ahead.host, mode.ambient, options, recorder)
+        )
 
     @property
     def ambient(self) -> Ambient:

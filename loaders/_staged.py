@@ -18,6 +18,7 @@ from torchstage.loaders._carrier import carrier_of
 from torchstage.loaders._epochs import Epoch, Shared
 from torchstage.loaders._feed import Feed
 from torchstage.loaders._model import core_of, stage_model, unwrap
+from torchstage.loaders._process import close_processes
 from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Stager
 from torchstage.loaders._tuner import Tuner
@@ -159,6 +160,7 @@ class StagedDataLoader:
                 named in a warning, with the line where it hangs; it cannot keep the process alive.
         """
         self._shared.stop(timeout)
+        close_processes(self._shared.recorder)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the training loop stands in the current pass, to be saved with the model.

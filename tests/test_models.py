@@ -81,7 +81,7 @@ def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
 ) -> None:
     if name == "DIEN" and device.type == "sim":
         pytest.skip("the simulated accelerator has no recurrent layers")
-    if name == "DIN" and device.type == "sim" and on_cpu is not None:
+    if name in ("DSSM", "DIN") and device.type == "sim" and on_cpu is not None:
         pytest.skip("the simulated accelerator takes seconds for tables as large as these")
     made = MODELS[name]
 

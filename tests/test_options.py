@@ -40,6 +40,8 @@ NAMES_AND_DEFAULTS = {
     "keep_random_order": True,
     "bypass": True,
     "device": None,
+    "stage_executor": "thread",
+    "compile_stage": False,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"
@@ -84,9 +86,11 @@ def test_options_cannot_be_changed_after_they_are_made() -> None:
         ("use_stage_subgraph_thread_pool", FLAG, 1),
         ("use_stage_subgraph_thread_pool", FLAG, None),
         ("do_smart_stage", FLAG, "yes"),
+        ("compile_stage", FLAG, 1),
         ("do_smart_stage", FLAG, 0),
         ("stage_subgraph_on_cpu", "must be True, False or None", 1),
         ("stage_subgraph_on_cpu", "must be True, False or None", "cpu"),
+        ("stage_executor", "must be one of ('thread', 'process')", "fork"),
         ("device", 'must be None or a device, for example "cuda" or "cuda:1"', "gpu"),
         ("device", 'must be None or a device, for example "cuda" or "cuda:1"', 0),
         ("name", "must be None or a non-empty string", ""),
@@ -123,6 +127,7 @@ def test_a_bad_value_is_refused_with_the_name_the_rule_and_the_value(name: str, 
         ("stage_subgraph_thread_pool_id", 0),
         ("stage_subgraph_stream_id", 0),
         ("device", "cuda:1"),
+        ("stage_executor", "process"),
         ("device", torch.device("cpu")),
         ("stage_subgraph_on_cpu", True),
         ("stage_subgraph_on_cpu", False),

@@ -8,6 +8,7 @@
     |-- VerificationError                  verify=N: a staged forward or backward is not the plain one
     |-- StateError (ValueError)            a state to resume from is damaged, or of another loader
     |-- ForkedError                        this process was forked while the loader's threads ran
+    |-- StageProcessError                  stage_executor="process": the process that runs the stage died
     |-- BatchOverwrittenError              the user's loader wrote into a batch that was still waiting
     `-- ChannelError                       the channel's end states; a training loop never sees one
         |-- ChannelCancelled
@@ -55,6 +56,10 @@ class StateError(TorchstageError, ValueError):
 
 class ForkedError(TorchstageError):
     """This process was forked while the loader's threads ran: a fork copies no threads."""
+
+
+class StageProcessError(TorchstageError):
+    """The process that runs the stage died, with ``stage_executor="process"``."""
 
 
 class BatchOverwrittenError(TorchstageError):

@@ -137,6 +137,15 @@ class SmartStageOptions:
     and else where the loader has them. ``"cpu"``: for a forward that takes its batch from the host; staged values still travel.
     A loop's own ``.to(device)`` gives back the very tensors, at no cost."""
 
+    stage_executor: Literal["thread", "process"] = "thread"
+    """Where the operations of the stage run. ``"thread"``: in the threads that read, which share Python's lock with the step.
+    ``"process"``: in a process for each of them, which a step of many small operations does not feel; tensors go there and
+    back through shared memory, text is pickled, which costs more than hashing it. Not on Windows."""
+
+    compile_stage: bool = False
+    """Whether parts of the stage are compiled by `torch.compile`, which needs a C++ compiler and takes some ten seconds in the
+    first batch: for stages of many small operations. Only what gives the same bits compiled is."""
+
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
@@ -149,13 +158,26 @@ class SmartStageOptions:
                 "warm_start needs capacity=AUTOTUNE or num_threads=AUTOTUNE: fixed numbers have nothing to begin with. "
                 f"Found: {os.fspath(self.warm_start)!r}."
             )
-        for name in ("use_stage_subgraph_thread_pool", "do_smart_stage", "keep_random_order", "bypass"):
+        for name in (
+            "use_stage_subgraph_thread_pool",
+            "do_smart_stage",
+            "keep_random_order",
+            "bypass",
+            "compile_stage",
+        ):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
         _require("device", self.device, _is_device, 'must be None or a device, for example "cuda" or "cuda:1"')
         _require("name", self.name, _is_name, "must be None or a non-empty string")
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
         _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
+        _require("stage_executor", self.stage_executor, lambda v: v in _EXECUTORS, f"must be one of {_EXECUTORS}")
+        if self.compile_stage and self.stage_executor == "process":
+            raise OptionError(
+                'compile_stage needs stage_executor="thread": what is compiled stays in this process. Found: "process".'
+            )
+        if self.stage_executor == "process" and os.name != "posix":
+            raise OptionError('stage_executor="process" needs a POSIX system. Found: "process". Leave it at "thread".')
         _require("planner", self.planner, lambda v: v in _PLANNERS, f"must be one of {_PLANNERS}")
         if self.stage_subgraph_stream_id is not None:
             _require_int("stage_subgraph_stream_id", self.stage_subgraph_stream_id, 0)
@@ -246,6 +268,7 @@ _LEAST = {
 _TUNABLE = ("capacity", "num_threads")
 _LOOKUPS = ("auto", "exact", "main", "stale")
 _PLANNERS = ("cost", "max")
+_EXECUTORS = ("thread", "process")
 _ON_TIMEOUT = ("drop", "raise", "wait")
 
 
