@@ -1,4 +1,4 @@
-"""How a stage graph is run: in the calling thread, compiled or not, or in a process of its own."""
+"""How a stage graph is run: in the calling thread, or in a process of its own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import torch.fx
 
 from torchstage._mode import Ambient
-from torchstage.loaders._compiled import CompiledStage
 from torchstage.loaders._process import ProcessStage
 from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
@@ -28,6 +27,4 @@ def executor(
     works = any(node.op.startswith("call_") for node in fused.graph.nodes)
     if options.stage_executor == "process" and works:
         return ProcessStage(fused, fused.forward, ambient, recorder)
-    if options.compile_stage and works:
-        return CompiledStage(fused, fused.forward, recorder)
     return fused.forward

@@ -41,7 +41,6 @@ NAMES_AND_DEFAULTS = {
     "bypass": True,
     "device": None,
     "stage_executor": "thread",
-    "compile_stage": False,
 }
 
 AT_LEAST_1 = "must be a whole number >= 1"
@@ -86,7 +85,6 @@ def test_options_cannot_be_changed_after_they_are_made() -> None:
         ("use_stage_subgraph_thread_pool", FLAG, 1),
         ("use_stage_subgraph_thread_pool", FLAG, None),
         ("do_smart_stage", FLAG, "yes"),
-        ("compile_stage", FLAG, 1),
         ("do_smart_stage", FLAG, 0),
         ("stage_subgraph_on_cpu", "must be True, False or None", 1),
         ("stage_subgraph_on_cpu", "must be True, False or None", "cpu"),

@@ -142,10 +142,6 @@ class SmartStageOptions:
     ``"process"``: in a process for each of them, which a step of many small operations does not feel; tensors go there and
     back through shared memory, text is pickled, which costs more than hashing it. Not on Windows."""
 
-    compile_stage: bool = False
-    """Whether parts of the stage are compiled by `torch.compile`, which needs a C++ compiler and takes some ten seconds in the
-    first batch: for stages of many small operations. Only what gives the same bits compiled is."""
-
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if name not in _TUNABLE or not _is_autotune(getattr(self, name)):
@@ -172,10 +168,6 @@ class SmartStageOptions:
         _require("on_timeout", self.on_timeout, lambda v: v in _ON_TIMEOUT, f"must be one of {_ON_TIMEOUT}")
         _require("lookups", self.lookups, lambda v: v in _LOOKUPS, f"must be one of {_LOOKUPS}")
         _require("stage_executor", self.stage_executor, lambda v: v in _EXECUTORS, f"must be one of {_EXECUTORS}")
-        if self.compile_stage and self.stage_executor == "process":
-            raise OptionError(
-                'compile_stage needs stage_executor="thread": what is compiled stays in this process. Found: "process".'
-            )
         if self.stage_executor == "process" and os.name != "posix":
             raise OptionError('stage_executor="process" needs a POSIX system. Found: "process". Leave it at "thread".')
         _require("planner", self.planner, lambda v: v in _PLANNERS, f"must be one of {_PLANNERS}")

@@ -30,7 +30,7 @@ def has_same_bits(node: torch.fx.Node, value: Any, taken: Sequence[Any]) -> bool
         return False
     if getattr(node.target, "__torchstage_pure__", False):
         return True
-    name = name_of(node)
+    name = _name_of(node)
     if any(tensor.is_complex() or tensor.is_quantized for tensor in _tensors([value, *taken])):
         return False
     if name in _CASTS:
@@ -53,8 +53,7 @@ def has_same_bits(node: torch.fx.Node, value: Any, taken: Sequence[Any]) -> bool
     return name in _ROUNDED_ONCE and "rounding_mode" not in node.kwargs and "decimals" not in node.kwargs
 
 
-def name_of(node: torch.fx.Node) -> str:
-    """Return the name of what a node calls, the same for a function, a method and an operator."""
+def _name_of(node: torch.fx.Node) -> str:
     if isinstance(node.target, str):
         name = node.target
     elif isinstance(node.target, torch._ops.OpOverload):
