@@ -159,7 +159,6 @@ class SmartStageOptions:
             "do_smart_stage",
             "keep_random_order",
             "bypass",
-            "compile_stage",
         ):
             _require(name, getattr(self, name), lambda v: isinstance(v, bool), "must be True or False")
         _require("stage_subgraph_on_cpu", self.stage_subgraph_on_cpu, _is_bool_or_none, "must be True, False or None")
