@@ -120,6 +120,13 @@ class Carrier:
         arrival.close()
         return self._rebuilt(batch, number, leaves), carried, arrival
 
+    def send(self, tensors: Sequence[torch.Tensor], arrival: Arrival) -> list[torch.Tensor]:
+        """Queue the move of more tensors that go with what was carried; see `Arrival.close`."""
+        load = _Load(self.device)
+        loaded = [load.value(tensor) for tensor in tensors]
+        with self.lane.entered(), torch.no_grad():
+            return [*map(self._send(load, arrival), loaded)]
+
     def _loaded(self, leaf: Any, load: "_Load", staying: Collection[int]) -> Any:
         if not travels(leaf):
             return leaf

@@ -60,7 +60,8 @@ class GraphParts(Parts):
         self.on_step: Callable[[], None] | None = None
         """Told that a step begins with values of these parts."""
         self.lifted: Lifted = lift(capture, plan, placement)
-        super().__init__(capture, self.lifted, mode, options, recorder)
+        device = None if placement is None else placement.device
+        super().__init__(capture, self.lifted, mode, options, recorder, device)
         self._guards: Guards = Guards(model, capture) if base is None else base._guards
         if base is not None:
             self._policy = base._policy

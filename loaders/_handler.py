@@ -131,8 +131,19 @@ class Handler:
             with carrier.lane.entered():
                 ticket.fill(parts, leaves, values, reads)
             arrival.memories += ticket.tensors_on(carrier.device)
+            _send_rows(carrier, ticket, arrival)
             arrival.close()
         return Staged(batch, Bound(ticket, leaves), arrival)
+
+
+def _send_rows(carrier: Carrier, ticket: Ticket, arrival: Arrival) -> None:
+    """Send the rows of tables on the host to the accelerator where the step wants them."""
+    travelling = [rows for rows in ticket.rows if rows.sent is not None]
+    if travelling:
+        tensors = iter(carrier.send([tensor for rows in travelling for tensor in rows.load()], arrival))
+        for rows in travelling:
+            assert rows.sent is not None
+            rows.sent.arrive(next(tensors), next(tensors))
 
 
 def _is_on_host(leaf: Any, own: Container[int]) -> bool:

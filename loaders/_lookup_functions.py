@@ -64,6 +64,9 @@ class GatheredRows(Function):
         (ids,), (grad,), lookup = ctx.saved_tensors, grads, ctx.lookup
         if grad is None:
             return None, None, None, None
+        grad = grad.to(
+            ids.device
+        )  # from an accelerator, where the rows were sent: as the plain model's `.to` brings it back
         if lookup.form is Form.INDEX:
             dtype, device = ctx.options
             zeros = torch.zeros(ctx.shape, dtype=dtype, device=device)

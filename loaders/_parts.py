@@ -49,13 +49,20 @@ class Parts(abc.ABC):
         mode: the mode it was captured in.
         options: where rows of trained tables are gathered.
         recorder: where the figures of lookups go.
+        device: the accelerator that the step runs on; None for the CPU.
     """
 
     once = False
     idle: frozenset[int] = frozenset()
 
     def __init__(
-        self, capture: Capture, ahead: Ahead, mode: Mode, options: SmartStageOptions, recorder: Recorder
+        self,
+        capture: Capture,
+        ahead: Ahead,
+        mode: Mode,
+        options: SmartStageOptions,
+        recorder: Recorder,
+        device: torch.device | None = None,
     ) -> None:
         self.capture = capture
         self.in_spec = capture.in_spec
@@ -69,6 +76,7 @@ class Parts(abc.ABC):
                 nodes[gather.lookup.node],
                 most_stale if options.lookups == "stale" else None,
                 recorder.lookup(gather.lookup.table),
+                device,
             )
             for gather in ahead.gathers
         )

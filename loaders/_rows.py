@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from torchstage.loaders._lookup_functions import BagOfRows, Bags, GatheredRows, Taken
+from torchstage.loaders._sent import Sent
 from torchstage.loaders._sites import AS_FAST, Site
 from torchstage.loaders._tables import Positions, Reading, memory_of_table
 from torchstage.transforms._lookups import Form, Lookup
@@ -38,6 +39,7 @@ class Rows:
         self._bytes: Any = None
         self._table: Any = None
         self._bags: Bags | None = None
+        self._sent: Sent | None = None
         self._piece: torch.Tensor | None = None
         self._probed = (0, 0)
         self._checked = slice(0, 0)
@@ -48,15 +50,25 @@ class Rows:
         """Whether there are rows that can be used."""
         return self._rows is not None
 
-    def fill(self, reading: Reading, number: int, keys: torch.Tensor, bags: Bags | None) -> None:
+    @property
+    def sent(self) -> "Sent | None":
+        """What of them travels to an accelerator; None if they are used where the table is."""
+        return self._sent if self.gathered else None
+
+    def load(self) -> list[torch.Tensor]:
+        """Return the tensors that travel."""
+        return [] if self.sent is None or self._rows is None else self.sent.load(self._rows)
+
+    def fill(self, reading: Reading, number: int, keys: torch.Tensor, bags: "Bags | Sent | None") -> None:
         """Copy the rows. Runs on the stage's thread, after the reading was taken."""
         lookup = self.site.lookup
         weight = lookup.weight.detach()
         if memory_of_table(weight) != reading.memory:  # the very memory that rows are copied from
             self.why = "table replaced"
             return
-        self._keys, self._bags = keys, bags
-        rows = self._copy(weight)
+        self._keys, self._bags = keys, None if isinstance(bags, Sent) else bags
+        self._sent = bags if isinstance(bags, Sent) else None
+        rows = self._copy(weight) if self._sent is None else weight.index_select(0, keys)
         if not rows.is_contiguous():
             self.why = "the row numbers are in an unusual order in memory"
             return
@@ -89,7 +101,7 @@ class Rows:
             self.site.kept(why)
             # A second call is of the same kind as the first: checkpointing compares what the two save for the backward.
             again = why is _SPENT and self.site.hooked() is None
-            self._reading = None
+            self._reading = self._sent = None
             self._rows = self._copy(self.site.lookup.weight.detach()) if again else None
         if self._rows is None:
             result: Any = self.site.run_plain(args, kwargs)
@@ -143,6 +155,8 @@ class Rows:
         if stale is not None and len(stale.at):
             self._bytes[stale.at.numpy()] = table[stale.keys.numpy()]
             self.site.figures.repaired += len(stale.at)
+            if self._sent is not None and self._rows is not None:
+                self._sent.repair(stale.at, self._rows)
         # Somebody who writes single rows without a trace is likely to do so from the start and again and again.
         used = self.site.figures.used
         often = used < _ALL_ROWS or (used % _OFTEN if used < _OFTEN * 10 else used % _SELDOM) == 0
@@ -172,6 +186,8 @@ class Rows:
             self.site.table.used(reading, self._piece)
         self._rows = self._reading = self._bytes = self._table = None
         self._spent = True
+        if self._sent is not None:
+            rows, self._sent = self._sent.spread(self.ids.shape), None
         if self._bags is not None:
             return self._use_bags(rows, self._bags, _sample_weights(lookup, args, kwargs))
         if not records:
@@ -204,13 +220,13 @@ def gather(
             site.kept(why or "")
         return []
     found: list[Rows] = []
-    by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | None]]] = {}
+    by_table: dict[int, list[tuple[Rows, torch.Tensor, Bags | Sent | None]]] = {}
     for site, why in zip(sites, whys, strict=True):
         ids, offsets = site.given(leaves, values)
         rows = Rows(site, ids, why or "")
         found.append(rows)
         if not why:
-            prepared = _prepare(site.lookup, rows.ids, offsets)
+            prepared = _prepare(site, rows.ids, offsets)
             if isinstance(prepared, str):
                 rows.why = prepared
             else:
@@ -236,8 +252,9 @@ def gather(
     return found
 
 
-def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags | None] | str:
-    """Return the row numbers to gather, [M], and the bags if there are any; or why there is nothing to gather."""
+def _prepare(site: Site, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags | Sent | None] | str:
+    """Return the row numbers to gather, [M], and what becomes of the rows; or why there is nothing to gather."""
+    lookup = site.lookup
     if type(ids) is not torch.Tensor or ids.dtype not in (torch.int64, torch.int32):
         return "the row numbers are no tensor of whole numbers"
     if ids.dim() == 0 or not ids.numel() or ids.device != lookup.weight.device:
@@ -245,6 +262,9 @@ def _prepare(lookup: Lookup, ids: Any, offsets: Any) -> tuple[torch.Tensor, Bags
     flat = ids.reshape(-1)
     if lookup.form is Form.INDEX:
         flat = torch.where(flat < 0, flat + len(lookup.weight), flat)
+    if site.destination is not None:
+        keys, places = torch.unique(flat, return_inverse=True)
+        return keys, Sent(places)
     if lookup.form is not Form.BAG:
         return flat, None
     if lookup.mode == 2 and (lookup.sparse or lookup.scale):

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 
 from torchstage.loaders._optimizers import table_of
+from torchstage.loaders._sent import destination
 from torchstage.loaders._tables import Table
 from torchstage.stats import LookupCounts
 from torchstage.transforms._hooks import has_hooks
@@ -23,10 +24,22 @@ class Site:
         node: its node in the captured graph.
         max_staleness: None to repair; else how many writes of the table rows may miss.
         figures: its counts.
+        device: the accelerator that the step runs on; None for the CPU.
+
+    Attributes:
+        destination: the accelerator that the result goes to at once; None if it is used where the table is.
     """
 
-    def __init__(self, gather: Gather, node: torch.fx.Node, max_staleness: int | None, figures: LookupCounts) -> None:
+    def __init__(
+        self,
+        gather: Gather,
+        node: torch.fx.Node,
+        max_staleness: int | None,
+        figures: LookupCounts,
+        device: torch.device | None = None,
+    ) -> None:
         self.lookup: Lookup = gather.lookup
+        self.destination = destination(node, gather.lookup, device)
         self.table: Table = table_of(gather.lookup.weight)
         self.figures = figures
         self.max_staleness = max_staleness

@@ -287,6 +287,62 @@ def test_a_table_on_the_host_is_gathered_ahead_of_a_model_on_the_accelerator(dev
     assert loader.stats.fallbacks == {}
 
 
+class Rows(nn.Module):
+    """Tables on the host whose rows the rest, on the accelerator, takes one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.home = device
+        self.first = nn.Embedding(60, 4, sparse=True)
+        self.second = nn.Embedding(60, 4, sparse=True, padding_idx=0)
+        self.out = nn.Linear(8, 1).to(device)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mixed = (ids * 7) % 60
+        first = self.first(mixed).to(self.home)
+        second = self.second(mixed % 5).to(self.home, non_blocking=True)
+        return self.out(torch.cat([first, second], -1)).sum(1).squeeze(1)
+
+
+def id_batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randint(0, 1000, (64 + number, 3), generator=generator) for number in range(9)]
+
+
+def rows_of(device: torch.device) -> nn.Module:
+    torch.manual_seed(5)
+    return Rows(device)
+
+
+@pytest.mark.parametrize("lookups", ["exact", "auto", "main"])
+def test_rows_of_a_table_on_the_host_have_the_numbers_of_the_plain_run(device: torch.device, lookups: str) -> None:
+    def forward(model: nn.Module, batch: Any, device: torch.device) -> torch.Tensor:
+        return model(batch)
+
+    loader = compare(device, rows_of, id_batches, forward, lookups=lookups, num_threads=2, capacity=2)
+    assert loader.stats.fallbacks == {}
+    if lookups == "exact":
+        assert [table.used for table in loader.stats.tables.values()] == [18, 18]
+
+
+def test_each_row_of_a_table_on_the_host_travels_once_and_ahead(sim: torch.device) -> None:
+    model, loader = torchstage.smart_stage(rows_of(sim), id_batches(), lookups="exact", bypass=False, capacity=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    simulated.transfers()
+    for number, batch in enumerate(loader):
+        seen = simulated.transfers()
+        output = model(batch)
+        mine = [t for t in simulated.transfers() if t.thread == simulated.this_thread()]
+        ahead = [t for t in seen if t.thread != simulated.this_thread() and t.direction == "in"]
+        if number > 4:
+            assert all(t.nbytes <= 60 * 4 * 4 for t in mine)  # rows that were written since, not [67, 3, 4] floats
+            assert all(t.nbytes < 2 * (60 + 5) * 4 * 4 + 2 * 3 * len(batch) * 8 + 10 * 64 for t in ahead)
+        optimizer.zero_grad()
+        output.mean().backward()
+        optimizer.step()
+    assert sum(table.repaired for table in loader.stats.tables.values()) > 0
+
+
 def test_without_a_model_batches_are_moved(device: torch.device) -> None:
     loader = torchstage.StagedDataLoader(click_loader(64), device=device)
     for staged, plain in zip(loader, click_loader(64), strict=True):
