@@ -6,7 +6,6 @@ when that stream, or an event that was recorded on it afterwards, is waited for,
 
 import contextlib
 import functools
-import getpass
 import hashlib
 import importlib.util
 import os
@@ -51,7 +50,7 @@ def build() -> pathlib.Path | str:
         return "the simulated accelerator needs a C++ compiler"
     source = pathlib.Path(__file__).with_name("device.cpp")
     key = hashlib.sha256(f"{source.read_text()} {torch.__version__} {sys.version}".encode()).hexdigest()[:16]
-    library = pathlib.Path(tempfile.gettempdir()) / f"torchstage-{getpass.getuser()}" / f"{_NAME}_{key}.so"
+    library = pathlib.Path(tempfile.gettempdir()) / f"torchstage-{os.getuid()}" / f"{_NAME}_{key}.so"
     if not library.exists():
         library.parent.mkdir(mode=0o700, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
