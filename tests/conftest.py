@@ -67,15 +67,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the simulated accelerator last, since torch goes on taking this machine for one that has it.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that `tests/test_simulated.py` uses."""
+    text = "only the tests on the simulated accelerator, which has to be there before the process's first backward"
+    parser.addoption("--simulated", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests on the simulated accelerator to a process of their own.
 
     It is compiled here: a test that takes as long as a compiler would count as one that hangs.
     """
-    last = [item for item in items if "device" in getattr(item, "fixturenames", ())]
-    items[:] = [item for item in items if "device" not in getattr(item, "fixturenames", ())] + last
-    if last:
+    wanted = bool(config.getoption("--simulated"))
+    config.hook.pytest_deselected(items=[item for item in items if _is_simulated(item) != wanted])
+    items[:] = [item for item in items if _is_simulated(item) == wanted]
+    if wanted and items:
         simulated.build()
+
+
+def _is_simulated(item: pytest.Item) -> bool:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("device") == "sim:0"
 
 
 def _is_foreign(thread: threading.Thread) -> bool:
