@@ -22,7 +22,7 @@ import torch.fx
 
 from torchstage._deferred import Deferred
 from torchstage._memory import parts_of
-from torchstage._streams import Lane, Mark, lane_of
+from torchstage._streams import NULL, Lane, Mark, lane_of
 from torchstage._structure import flatten, travels, unflatten
 from torchstage.errors import OptionError
 from torchstage.loaders._packing import Packing, pack
@@ -71,7 +71,7 @@ class Carrier:
         self.device = device
         self.lane = lane
         self.moves_batch = moves_batch
-        self._pinned = Pinned(device)
+        self._pinned = Pinned(pinned=lane is not NULL and device.type != "cpu")
 
     def at_once(self, tree: Any) -> Any:
         """Return a tree with its tensors moved, as a training loop moves them. The calling thread waits."""
@@ -107,8 +107,8 @@ class Carrier:
         load = _Load(self.device)
         leaves = [self._loaded(leaf, load, staying) for leaf in batch.leaves] if self.moves_batch else batch.leaves
         carried = [
-            torch.fx.node.map_aggregate(value, load.value) if travels else value
-            for value, travels in zip(values, moved, strict=True)
+            torch.fx.node.map_aggregate(value, load.value) if away else value
+            for value, away in zip(values, moved, strict=True)
         ]
         arrival = Arrival(self.lane)
         if any(isinstance(leaf, torch.Tensor) and leaf.device == self.device for leaf in batch.leaves):
@@ -249,11 +249,11 @@ class Pinned:
     """Pieces of pinned memory for copies to an accelerator, number 3 of the contract. Any thread may send.
 
     Args:
-        device: the accelerator; for the CPU, which copies at once, the memory is not pinned.
+        pinned: False for a device without streams, whose copies are done when they return: then ordinary memory does.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, pinned: bool) -> None:
+        self._is_pinned = pinned
         self._lock = threading.Lock()
         self._free: list[tuple[torch.Tensor, Mark]] = []
         self.pieces = 0
@@ -265,7 +265,7 @@ class Pinned:
             self.pieces += memory is None
             memory = self._make(packing.nbytes)
         packing.write(memory)
-        target.copy_(memory[: packing.nbytes], non_blocking=True)
+        target.copy_(memory[: packing.nbytes], non_blocking=self._is_pinned)
         with self._lock:
             self._free.append((memory, lane.mark()))
 
@@ -285,7 +285,7 @@ class Pinned:
 
     def _make(self, nbytes: int) -> torch.Tensor:
         size = max(1 << (nbytes - 1).bit_length(), 1 << 12)  # a power of two: batches differ a little in size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

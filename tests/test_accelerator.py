@@ -16,6 +16,7 @@ from tests import simulated
 from tests.support import Clicks, Words, click_loader, word_batches
 from torchstage import ops
 from torchstage._deferred import Deferred
+from torchstage._streams import NULL, lane_of
 from torchstage.errors import FallbackWarning, OptionError
 
 Batches = Callable[[], Any]
@@ -478,6 +479,11 @@ def test_streams_have_numbers_and_a_wrong_one_is_refused() -> None:
         torchstage.SmartStageOptions(stage_subgraph_stream_id=first + 2)
     with pytest.raises(OptionError, match=r"^priority must be a whole number, lower is sooner\. Found: 'high'\.$"):
         torchstage.add_stage_stream(priority="high")  # type: ignore[arg-type]
+
+
+def test_a_device_without_streams_has_the_null_lane() -> None:
+    assert lane_of(torch.device("cpu"), None) is NULL
+    assert lane_of(torch.device("mps"), 0) is NULL  # torch.mps has events, and no streams
 
 
 def test_a_model_on_the_cpu_needs_no_stream() -> None:

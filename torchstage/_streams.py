@@ -80,7 +80,8 @@ class StreamLane:
     def __init__(self, device: torch.device, stream: Any) -> None:
         self._module: Any = torch.get_device_module(device.type)
         self._device = device
-        self._stream = self._module.default_stream(device) if stream is None else stream
+        main = getattr(self._module, "default_stream", self._module.current_stream)
+        self._stream = main(device) if stream is None else stream
 
     def entered(self) -> contextlib.AbstractContextManager[Any]:
         """See `Lane`."""
@@ -117,6 +118,7 @@ class _Event:
         self._event.synchronize()
 
 
+_NEEDED = ("Stream", "Event", "stream", "current_stream")
 _lock = threading.Lock()
 _priorities: list[int] = []
 _made: dict[tuple[torch.device, int], Any] = {}
@@ -160,14 +162,14 @@ def lane_of(device: torch.device, number: int | None) -> Lane:
     """Return the lane of a stage: on the stream of that number, or on one of its own where it is None.
 
     Args:
-        device: an accelerator, or the CPU, whose lane is `NULL`.
+        device: an accelerator. The lane of one without streams of its own, and of the CPU, is `NULL`.
         number: 0 is the main graph's stream, others are those of `add_stage_stream`.
     """
-    if device.type == "cpu":
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
+    if not all(hasattr(module, name) for name in _NEEDED):
         return NULL
     if number == 0:
         return StreamLane(device, None)
-    module: Any = torch.get_device_module(device.type)
     if number is None:
         return StreamLane(device, module.Stream(device))
     with _lock:
