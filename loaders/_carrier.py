@@ -165,21 +165,42 @@ class Carrier:
         return Batch(unflatten(leaves, flatten(batch.value, batch.texts)[1]), leaves, batch.texts, versions)
 
 
-def carrier_of(model: torch.nn.Module | None, options: SmartStageOptions) -> Carrier | None:
-    """Return what moves the batches of a loader and what is staged for ``model``; None where all is on the CPU.
+class Carriers:
+    """Finds the carrier of a loader. A model may be moved after its loader was made: a trainer does so.
+
+    Args:
+        model: the user's own model; None for a loader that only prefetches.
+        options: the loader's options.
 
     Raises:
         OptionError: the device that the options name is not there.
     """
-    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
-    homes = list(dict.fromkeys(tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")))
-    asked = None if options.device is None else _with_index(torch.device(options.device))
-    if asked is not None and asked.type != "cpu":
-        return Carrier(asked, lane_of(asked, options.stage_subgraph_stream_id), moves_batch=True)
-    if len(homes) != 1:
-        return None
-    whole = asked is None and all(tensor.device == homes[0] for tensor in tensors)
-    return Carrier(homes[0], lane_of(homes[0], options.stage_subgraph_stream_id), moves_batch=whole)
+
+    def __init__(self, model: torch.nn.Module | None, options: SmartStageOptions) -> None:
+        self._model = model
+        self._asked = None if options.device is None else _with_index(torch.device(options.device))
+        self._stream = options.stage_subgraph_stream_id
+        self._for: tuple[torch.device, bool] | None = None
+        self._carrier: Carrier | None = None
+
+    def now(self) -> Carrier | None:
+        """Return what carries batches and staged values to where the model is now; None where all is on the CPU."""
+        wanted = self._wanted()
+        if wanted != self._for:
+            self._for = wanted
+            self._carrier = None if wanted is None else Carrier(wanted[0], lane_of(wanted[0], self._stream), wanted[1])
+        return self._carrier
+
+    def _wanted(self) -> tuple[torch.device, bool] | None:
+        """Return the accelerator, and whether batches are moved there."""
+        if self._asked is not None and self._asked.type != "cpu":
+            return self._asked, True
+        tensors = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
+        homes = {tensor.device for tensor in tensors} - {_CPU, torch.device("meta")}
+        if len(homes) != 1:
+            return None
+        (home,) = homes
+        return home, self._asked is None and all(tensor.device == home for tensor in tensors)
 
 
 def _with_index(device: torch.device) -> torch.device:

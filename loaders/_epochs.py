@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchstage.errors import ForkedError, ResumeWarning, StateError
-from torchstage.loaders._carrier import Carrier
+from torchstage.loaders._carrier import Carriers
 from torchstage.loaders._pipeline import Item, Pipeline
 from torchstage.loaders._reader import Reader
 from torchstage.loaders._resume import Progress, Start, from_state, is_stateful, to_state
@@ -31,14 +31,14 @@ class Shared:
         recorder: Recorder,
         stager: Stager | None,
         tuner: Tuner | None,
-        carrier: Carrier | None = None,
+        carriers: Carriers,
     ) -> None:
         self.loader = loader
         self.options = options
         self.recorder = recorder
         self.stager = stager
         self.tuner = tuner
-        self._carrier = carrier
+        self._carriers = carriers
         self.order = ReadOrder(loader, options.keep_random_order)
         self._lock = threading.RLock()  # a finalizer may run inside
         self._epochs: list[Epoch] = []
@@ -162,10 +162,11 @@ class Shared:
         progress = self._begin_progress(resume, restart, start, one_shot)
         source = Source(iterator, self._window(), self._pushed_back if one_shot else [], self._reuses())
         self._pushed_back = []
+        carrier = self._carriers.now()
+        if self.stager is not None:
+            self.stager.move_to(carrier)
         reader = Reader(source, self.options, self.order, self.loader, progress.position)
-        pipeline = Pipeline(
-            reader, self.stager, self.options, self.recorder, self.tuner, progress.ignored, self._carrier
-        )
+        pipeline = Pipeline(reader, self.stager, self.options, self.recorder, self.tuner, progress.ignored, carrier)
         epoch = Epoch(self, pipeline, progress, one_shot)
         if restart is not None:
             epoch.skip = _Skip(iterator, restart, self._behind if one_shot else 0, Streams.now())

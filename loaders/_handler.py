@@ -49,11 +49,13 @@ class Handler:
 
     Args:
         binder: maps a batch to the arguments of forward.
+
+    Attributes:
         carrier: moves batches and staged values to the accelerator that the step runs on; None for the CPU.
     """
 
-    def __init__(self, binder: Binder, carrier: Carrier | None) -> None:
-        self.carrier = carrier
+    def __init__(self, binder: Binder) -> None:
+        self.carrier: Carrier | None = None
         self._binder = binder
 
     def call(self, batch: Any) -> tuple[Call, frozenset[int]]:
@@ -82,20 +84,22 @@ class Handler:
             number: which read it was, for messages.
             flaw: why nothing is to be computed ahead, if that is known.
         """
+        carrier = self.carrier
         leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
         parts = staging.parts if flaw is None else None
         if parts is not None:
-            flaw = self._misfit(parts, batch, leaves, spec)
+            flaw = self._misfit(carrier, parts, batch, leaves, spec)
         parts = parts if flaw is None else None
-        if self.carrier is not None:
-            return self._stage_there(self.carrier, owner, staging, batch, number, leaves, parts, flaw)
+        if carrier is not None:
+            return self._stage_there(carrier, owner, staging, batch, number, leaves, parts, flaw)
         ticket = Ticket(owner, staging, leaves, spec, flaw)
         if parts is not None:
             ticket.fill(parts, leaves)
         return Staged(batch, Bound(ticket, leaves))
 
-    def _misfit(self, parts: Parts, batch: Batch, leaves: list[Any], spec: TreeSpec) -> str | None:
-        carrier = self.carrier
+    def _misfit(
+        self, carrier: Carrier | None, parts: Parts, batch: Batch, leaves: list[Any], spec: TreeSpec
+    ) -> str | None:
         flaw = parts.misfit(leaves, spec, carrier.device if carrier is not None and carrier.moves_batch else None)
         if flaw is None and has_unseen_writes(batch.leaves):
             return "a sparse tensor of the batch shares memory with another part, whose writes it does not show"

@@ -14,7 +14,7 @@ from torchstage._lightning import only_looks
 from torchstage._threads import get_stage_thread_pool
 from torchstage.autotune import Model
 from torchstage.errors import ChannelCancelled, ChannelClosed, OptionError, TorchstageError
-from torchstage.loaders._carrier import carrier_of
+from torchstage.loaders._carrier import Carriers
 from torchstage.loaders._epochs import Epoch, Shared
 from torchstage.loaders._feed import Feed
 from torchstage.loaders._model import core_of, stage_model, unwrap
@@ -74,15 +74,15 @@ class StagedDataLoader:
         self._method = method
         use_pool = self._options.use_stage_subgraph_thread_pool
         pool = get_stage_thread_pool(self._options.stage_subgraph_thread_pool_id) if use_pool else None
-        carrier = carrier_of(model if model is None else unwrap(model), self._options)
+        carriers = Carriers(None if model is None else unwrap(model), self._options)
         if model is not None:
             plain = unwrap(model)
             _check_graph(self._options.graph, plain, method)
             self._staged_model = stage_model(model, method)
-            stager = Stager(plain, self._options, Binder(plain, inputs, method), pool, recorder, carrier)
+            stager = Stager(plain, self._options, Binder(plain, inputs, method), pool, recorder)
             core_of(self._staged_model, method).stagers.add(stager)
         tuner = Tuner(self._options, Feed(self._options, loader, name)) if self._options.tuned else None
-        self._shared = Shared(loader, self._options, recorder, stager, tuner, carrier)
+        self._shared = Shared(loader, self._options, recorder, stager, tuner, carriers)
         weakref.finalize(self, self._shared.stop)
         _live.add(self)
 

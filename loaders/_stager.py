@@ -47,7 +47,6 @@ class Stager:
         binder: maps a batch to the arguments of forward.
         pool: where independent branches run, or None.
         recorder: where figures and warnings go.
-        carrier: moves batches and staged values to the accelerator that the step runs on; None for the CPU.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Stager:
         binder: Binder,
         pool: StageThreadPool | None,
         recorder: Recorder,
-        carrier: Carrier | None = None,
     ) -> None:
         self.recorder = recorder
         self.verifier = Verifier(model, options.verify, recorder) if options.verify else None
@@ -66,9 +64,8 @@ class Stager:
         self._binder = binder
         self._bypass = Bypass(options.most_batches) if options.bypass and options.lookups != "stale" else None
         self._lock = threading.Lock()
-        self._handler = Handler(binder, carrier)
-        device = None if carrier is None else carrier.device
-        self._stagings = Stagings(model, options, binder.method, pool, recorder, device)
+        self._handler = Handler(binder)
+        self._stagings = Stagings(model, options, binder.method, pool, recorder)
         self._current: Staging | None = None
         self._ambients: dict[tuple[bool, ...], Ambient] = {}
         self._refusals: dict[object, int] = {}
@@ -76,6 +73,14 @@ class Stager:
         self._astray = -1, 0  # how many steps had been staged at the first of how many that took another way
         self._workers: set[int] = set()  # adding and discarding are atomic
         self._buried: collections.deque[Ticket] = collections.deque(maxlen=options.most_threads)
+
+    def move_to(self, carrier: Carrier | None) -> None:
+        """Stage for a step that runs where ``carrier`` moves batches to; None for the CPU. Runs on the training thread."""
+        with self._lock:
+            if carrier is not self._handler.carrier:
+                self._handler.carrier = carrier
+                self._stagings.move_to(None if carrier is None else carrier.device)
+                self._current = None
 
     @property
     def plan(self) -> Plan | None:

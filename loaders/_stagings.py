@@ -37,7 +37,6 @@ class Stagings:
         method: the method that a training step calls.
         pool: where independent branches run, or None.
         recorder: where warnings go.
-        device: the accelerator that the step runs on; None for the CPU.
 
     Attributes:
         away: the positions of the leaves of a call that the host does not have.
@@ -50,14 +49,13 @@ class Stagings:
         method: str,
         pool: StageThreadPool | None,
         recorder: Recorder,
-        device: torch.device | None,
     ) -> None:
         self._model = model
         self._options = options
         self._method = method
         self._pool = pool
         self._recorder = recorder
-        self._device = device
+        self._device: torch.device | None = None
         self.away: frozenset[int] = frozenset()
         self._known: dict[Mode, Staging] = {}
         self._captures: dict[Mode, Capture | str] = {}
@@ -80,6 +78,11 @@ class Stagings:
         """Return the search that began with ``staging``. Any thread may ask."""
         search = self._searches.get(staging.mode)
         return search if search is not None and search.largest is staging else None
+
+    def move_to(self, device: torch.device | None) -> None:
+        """Stage for a step that runs on an accelerator; None for the CPU."""
+        self._device = device
+        self.forget()
 
     def forget(self) -> None:
         """Drop all captures: the model was changed."""

@@ -490,10 +490,41 @@ def test_a_model_on_the_cpu_needs_no_stream() -> None:
     model, loader = torchstage.smart_stage(
         Clicks(), click_loader(64), stage_subgraph_stream_id=torchstage.add_stage_stream(), device="cpu"
     )
-    assert loader._shared._carrier is None
+    assert loader._shared._carriers.now() is None
     for dense, ids, _ in loader:
         model(dense, ids)
     assert threading.current_thread() is threading.main_thread()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_model_that_is_moved_after_its_loader_was_made_is_followed(device: torch.device, first: int) -> None:
+    """As trainers do it: before the first pass, or between two."""
+
+    def run(model: nn.Module, batches: Any) -> list[torch.Tensor]:
+        torch.manual_seed(11)
+        outputs = []
+        for number in range(3):
+            home = device if number >= first else torch.device("cpu")
+            model.to(home)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            for batch in batches:
+                homes.append(batch[0].device)
+                output = click(model, batch, home)
+                optimizer.zero_grad()
+                output.square().mean().backward()
+                optimizer.step()
+                outputs.append(output.detach().cpu())
+        return outputs
+
+    homes: list[torch.device] = []
+    batches = list(click_loader())
+    plain = run(clicks(torch.device("cpu")), batches)
+    homes.clear()
+    model, loader = torchstage.smart_stage(clicks(torch.device("cpu")), batches, bypass=False)
+    staged = run(model, loader)
+    assert all(torch.equal(a, b) for a, b in zip(staged, plain, strict=True))
+    assert homes == [torch.device("cpu")] * 7 * first + [device] * 7 * (3 - first)
+    assert loader.stats.staged_steps == 21
 
 
 def test_a_copied_model_and_a_loader_of_workers_go_together(device: torch.device) -> None:
