@@ -83,6 +83,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if _is_simulated(item) == wanted]
     if wanted and items:
         simulated.build()
+    if any("simulated_run" in getattr(item, "fixturenames", ()) for item in items):
+        config.stash[_RUN] = run = (
+            simulated.Run()
+        )  # now, beside the other tests; the one that waits for it is among the last
+        config.add_cleanup(run.end)
+
+
+_RUN = pytest.StashKey[simulated.Run]()
+
+
+@pytest.fixture
+def simulated_run(request: pytest.FixtureRequest) -> simulated.Run:
+    """The run of the tests on the simulated accelerator that goes on beside this one."""
+    return request.config.stash[_RUN]
 
 
 def _is_simulated(item: pytest.Item) -> bool:

@@ -445,7 +445,7 @@ def test_memory_that_the_loader_writes_again_is_sent_as_it_was_read(device: torc
 
 def test_many_small_batches_keep_their_numbers_while_memory_is_given_out_again(device: torch.device) -> None:
     """What a tensor that is freed early, or sent from memory that is written too soon, would change."""
-    count = 3000 if device.type == "cuda" else 150
+    count = 3000 if device.type == "cuda" else 60
 
     def batches() -> Iterator[Any]:
         generator = torch.Generator().manual_seed(2)

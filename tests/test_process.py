@@ -42,8 +42,9 @@ def is_gone(pid: int) -> bool:
 
 
 def test_1_a_staged_run_has_the_numbers_of_the_plain_one() -> None:
-    loader = assert_same_training(Clicks(), click_loader, num_threads=2, capacity=2, **OPTIONS)
-    assert loader.stats.staged_steps == 14
+    options = {**OPTIONS, "lookups": "exact", "planner": "cost"}
+    loader = assert_same_training(Clicks(), lambda: click_loader(600), num_threads=2, capacity=2, **options)
+    assert loader.stats.staged_steps == 38
     assert pids(loader)
     loader.close()
 
@@ -238,19 +239,18 @@ def test_7_a_loader_that_is_dropped_takes_its_processes_along() -> None:
     assert all(is_gone(pid) for pid in found)
 
 
-@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_7_no_process_outlives_the_training_process(end: str, tmp_path: Any) -> None:
+def test_7_no_process_outlives_the_training_process(tmp_path: Any) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
-            f"""
+            """
             import os, signal, torch, torchstage
             from tests.support import Clicks, click_loader
             model, loader = torchstage.smart_stage(Clicks(), click_loader(), stage_executor="process", bypass=False)
             for dense, ids, _ in loader:
                 model(dense, ids)
             print(*[p._process.pid for p in loader._shared.stager._current.parts._stage._all], flush=True)
-            {end}
+            os.kill(os.getpid(), signal.SIGKILL)
             """
         )
     )
@@ -266,10 +266,3 @@ def test_7_no_process_outlives_the_training_process(end: str, tmp_path: Any) -> 
             break
         threading.Event().wait(0.01)  # an orphan ends by itself when it sees that its pipe has
     assert gone.is_set()
-
-
-def test_with_lookups_and_a_search_for_the_best_cut_numbers_stay() -> None:
-    options = {**OPTIONS, "lookups": "exact", "planner": "cost"}
-    loader = assert_same_training(Clicks(), lambda: click_loader(1000), capacity=3, **options)
-    assert loader.stats.staged_steps == 64
-    loader.close()

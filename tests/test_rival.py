@@ -101,8 +101,8 @@ def test_a_run_keeps_its_numbers_whichever_place_is_tried(
 ) -> None:
     monkeypatch.setattr(_rival, "WARM", 4)
     forward = functools.partial(click, device=device)
-    plain = train(clicks(device), list(click_loader(2000)), forward)
-    model, loader = torchstage.smart_stage(clicks(device), list(click_loader(2000)), bypass=False)
+    plain = train(clicks(device), list(click_loader(1000)), forward)
+    model, loader = torchstage.smart_stage(clicks(device), list(click_loader(1000)), bypass=False)
     seen: set[frozenset[str]] = set()
 
     def noted(model: Any, batch: Any) -> torch.Tensor:

@@ -94,6 +94,34 @@ def load() -> str | None:
     return None
 
 
+class Run:
+    """The tests on the device, beside the other tests: a run of pytest in a process of its own."""
+
+    def __init__(self) -> None:
+        library = build()
+        self.missing = library if isinstance(library, str) else ""
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
+        command = [sys.executable, "-m", "pytest", "--simulated", "-q", "-p", "no:cacheprovider"]
+        root = pathlib.Path(__file__).parents[2]
+        self._process = None
+        if not self.missing:
+            self._process = subprocess.Popen(command, cwd=root, stdout=self._printed, stderr=subprocess.STDOUT)
+
+    def wait(self, seconds: float) -> tuple[int, str]:
+        """Return the exit code and what was printed."""
+        assert self._process is not None
+        code = self._process.wait(seconds)
+        self._printed.seek(0)
+        return code, self._printed.read()
+
+    def end(self) -> None:
+        """End it, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._printed.close()
+
+
 def transfers() -> list[Transfer]:
     """Return what was transferred since the last call."""
     return [Transfer(*each) for each in _extension().transfers()]
