@@ -74,8 +74,8 @@ def main() -> None:
     """Measure a model in some modes, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="DLRM")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each mode; one more, the first, does not count")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each mode; one more, the first, does not count")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
