@@ -32,12 +32,12 @@ def gaps(events: Sequence[Any], thread: int, on_gpu: bool) -> list[float]:
     Args:
         events: of the profiler.
         thread: the profiler's number of the thread.
-        on_gpu: whether launches of kernels count, or operations.
+        on_gpu: whether launches of kernels count, or operations that call no other.
     """
     if on_gpu:
         launches = [e for e in events if e.thread == thread and e.name.startswith(("cudaLaunch", "cuLaunch"))]
     else:
-        launches = [e for e in events if e.thread == thread and e.cpu_parent is None and e.name.startswith("aten::")]
+        launches = [e for e in events if e.thread == thread and not e.cpu_children and e.name.startswith("aten::")]
     spans = sorted((e.time_range.start, e.time_range.end) for e in launches)
     return [max(after[0] - before[1], 0.0) / 1e6 for before, after in itertools.pairwise(spans)]
 

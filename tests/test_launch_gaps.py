@@ -9,21 +9,23 @@ from benchmarks import bench_launch_gaps
 from benchmarks.bench_launch_gaps import gaps
 
 
-def event(name: str, start: float, end: float, thread: int = 1, parent: Any = None) -> Any:
+def event(name: str, start: float, end: float, thread: int = 1, children: Any = ()) -> Any:
     return SimpleNamespace(
-        name=name, thread=thread, cpu_parent=parent, time_range=SimpleNamespace(start=start, end=end)
+        name=name, thread=thread, cpu_children=children, time_range=SimpleNamespace(start=start, end=end)
     )
 
 
 def test_gaps_are_between_operations_of_the_training_thread_alone() -> None:
-    outer = event("aten::linear", 0, 10)
+    inner = event("aten::addmm", 2, 8)
+    outer = event("aten::linear", 0, 10, children=[inner])
     events = [
         outer,
-        event("aten::addmm", 2, 8, parent=outer),
+        inner,
         event("aten::relu", 14, 20),
-        event("aten::mul", 15, 16, 2),
+        event("aten::mul", 15, 16, thread=2),
+        event("Optimizer", 8, 14),
     ]
-    assert gaps(events, 1, on_gpu=False) == [pytest.approx(4e-6)]
+    assert gaps(events, 1, on_gpu=False) == [pytest.approx(6e-6)]
 
 
 def test_on_a_gpu_they_are_between_launches() -> None:
