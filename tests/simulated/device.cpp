@@ -409,7 +409,7 @@ class Call {
   static at::Tensor sparse_like(const at::Tensor& like, const at::Tensor& indices, const at::Tensor& values,
                                 c10::DispatchKey key) {
     auto result = at::detail::make_tensor<at::SparseTensorImpl>(c10::DispatchKeySet(key), like.dtype());
-    sparse(result)->raw_resize_(like.sparse_dim(), like.dense_dim(), like.sizes());
+    sparse(result)->raw_resize_(sparse(like)->sparse_dim(), sparse(like)->dense_dim(), like.sizes());
     sparse(result)->set_indices_and_values_unsafe(indices, values);
     sparse(result)->set_coalesced(sparse(like)->coalesced());
     return result;
@@ -533,6 +533,22 @@ void run_in_low_precision(const c10::OperatorHandle& op, torch::jit::Stack* stac
 
 }  // namespace
 
+// A fallback comes after what torch makes of other operations, whose numbers may be others than the CPU's kernel's.
+template <c10::DispatchKey key>
+void implement(torch::Library& library, const std::vector<c10::DispatchKey>& before) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    if (name.name.rfind("aten::", 0) != 0 || !op->hasKernelForDispatchKey(key)) continue;
+    for (const auto other : before) {
+      if (!op->hasKernelForDispatchKey(other)) continue;
+      const auto full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+      library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host<key>>());
+      break;
+    }
+  }
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host<c10::DispatchKey::CPU>>());
 }
@@ -548,7 +564,13 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, library) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_in_low_precision>());
 }
 
+TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, library) {
+  implement<c10::DispatchKey::SparseCPU>(library, {c10::DispatchKey::SparseCPU});
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  implement<c10::DispatchKey::CPU>(
+      library, {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeImplicitAutograd});
   library.impl("empty.memory_format", &make_empty);
   library.impl("empty_strided", &make_strided);
   library.impl("as_strided", &strided_view);
