@@ -570,7 +570,8 @@ TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, library) {
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   implement<c10::DispatchKey::CPU>(
-      library, {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeImplicitAutograd});
+      library, {c10::DispatchKey::CompositeExplicitAutograd, c10::DispatchKey::CompositeExplicitAutogradNonFunctional,
+                c10::DispatchKey::CompositeImplicitAutograd});
   library.impl("empty.memory_format", &make_empty);
   library.impl("empty_strided", &make_strided);
   library.impl("as_strided", &strided_view);
