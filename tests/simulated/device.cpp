@@ -66,7 +66,7 @@ void count_transfer(const char* direction, size_t nbytes) {
 }
 
 void run_until(int64_t stream, int64_t count) {
-  // To be freed or held, memory that Python knows may need its lock, which whoever waits for ours would never give up.
+  // To be freed, memory that Python knows may need its lock, which whoever waits for ours would never give up.
   std::vector<std::function<void()>> freed_unlocked;
   std::lock_guard<std::recursive_mutex> lock(mutex);
   auto& queue = queues[stream];
@@ -82,6 +82,10 @@ int64_t queued(int64_t stream) {
   std::lock_guard<std::recursive_mutex> lock(mutex);
   auto& queue = queues[stream];
   return queue.done + static_cast<int64_t>(queue.waiting.size());
+}
+
+void run_all() {
+  for (int64_t id = 0; id <= streams; ++id) run_until(id, queued(id));
 }
 
 struct Event {
@@ -112,9 +116,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     return queues[stream.id()].waiting.empty();
   }
   void synchronizeStream(const c10::Stream& stream) const override { run_until(stream.id(), queued(stream.id())); }
-  void synchronizeDevice(const c10::DeviceIndex) const override {
-    for (int64_t id = 0; id <= streams; ++id) run_until(id, queued(id));
-  }
+  void synchronizeDevice(const c10::DeviceIndex) const override { run_all(); }
 
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
     if (*event != nullptr) delete static_cast<Event*>(*event);
@@ -267,16 +269,17 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool non_
   at::Tensor source;
   if (self.is_contiguous() && self.dtype() == target.dtype() && self.sizes() == target.sizes() && !self.is_conj() &&
       !self.is_neg()) {
-    source = on_storage(self, self.storage(), c10::DispatchKey::CPU);
+    source = on_storage(self, on_host(self.storage()), c10::DispatchKey::CPU);
   } else {
     source = at::detail::empty_cpu(target.sizes(), target.scalar_type());
     copy_now(self, source);
   }
-  std::function<void()> copy = [source, place = on_storage(target, target.storage(), c10::DispatchKey::PrivateUse1)] {
-    copy_now(source, place);
-  };
-  std::lock_guard<std::recursive_mutex> lock(mutex);
-  queues[current].waiting.push_back(std::move(copy));
+  // Of both, tensors and memory that Python does not know: to be held once more, as it is in a copy, that may need its lock too.
+  std::function<void()> copy = [source, place = on_host(target)] { copy_now(source, place); };
+  {  // and so does what is returned
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    queues[current].waiting.push_back(std::move(copy));
+  }
   return target;
 }
 
@@ -290,7 +293,7 @@ const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef size, std::opt
   impl->set_sizes_contiguous(size);
   const auto needed = static_cast<size_t>((self.storage_offset() + impl->numel()) * self.element_size());
   if (impl->numel() && needed > self.storage().nbytes()) {
-    run_until(current, queued(current));
+    run_all();  // a queued copy may be to the memory that is given back here
     auto memory = allocator.allocate(needed);
     if (self.storage().nbytes()) std::memcpy(memory.get(), self.storage().data(), self.storage().nbytes());
     impl->unsafe_storage().set_data_ptr(std::move(memory));
@@ -426,6 +429,7 @@ class Call {
     for (const auto& [original, alias] : storages_) {
       if (!alias.is_alias_of(storage)) continue;
       if (original.data() != alias.data()) {  // grown
+        run_all();
         c10::Storage grown(original);
         grown.unsafeGetStorageImpl()->set_data_ptr(moved(alias));
         grown.unsafeGetStorageImpl()->set_nbytes(alias.nbytes());
