@@ -79,8 +79,6 @@ def assert_same_training(recipe: Recipe, rows: Rows, **options: Any) -> torchsta
 def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
     name: str, on_cpu: bool | None, device: torch.device
 ) -> None:
-    if name == "DIEN" and device.type == "sim":
-        pytest.skip("the simulated accelerator has no recurrent layers")
     made = MODELS[name]
 
     recipe = dataclasses.replace(made, build=lambda: made.build().to(device))

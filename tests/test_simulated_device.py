@@ -79,6 +79,18 @@ def test_training_has_the_bits_of_the_cpu(
     assert all(map(torch.equal, here, there))
 
 
+@pytest.mark.parametrize("make", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_are_those_of_the_cpu_but_for_rounding(simulated_device: torch.device, make: Any) -> None:
+    torch.manual_seed(0)
+    here, x = make(4, 5, num_layers=2), torch.randn(3, 2, 4)
+    there = copy.deepcopy(here).to(simulated_device)
+    torch.testing.assert_close(there(x.to(simulated_device))[0].cpu(), here(x)[0])
+    here(x)[0].square().sum().backward()
+    there(x.to(simulated_device))[0].square().sum().backward()
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad)
+
+
 def test_kernels_see_the_strides_that_they_would_see_on_the_cpu(simulated_device: torch.device) -> None:
     torch.manual_seed(0)
     for _ in range(20):

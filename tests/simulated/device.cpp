@@ -8,6 +8,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/SparseTensorImpl.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -535,6 +536,28 @@ void run_in_low_precision(const c10::OperatorHandle& op, torch::jit::Stack* stac
   op.callBoxed(stack);
 }
 
+// Recurrent layers call one kernel for a step on devices that are not the CPU, which has none. They add the bias after the
+// product and not to it, so their last bits are not the CPU's.
+at::Tensor biased(const at::Tensor& gates, const std::optional<at::Tensor>& bias) {
+  return bias && bias->defined() ? gates + *bias : gates;
+}
+
+std::tuple<at::Tensor, at::Tensor> gru_step(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& state,
+                                            const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& other) {
+  const auto in = biased(input, bias).chunk(3, 1), from = biased(hidden, other).chunk(3, 1);
+  const auto reset = (from[0] + in[0]).sigmoid(), update = (from[1] + in[1]).sigmoid();
+  const auto fresh = (in[2] + from[2] * reset).tanh();
+  return {(state - fresh) * update + fresh, fresh.detach()};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_step(const at::Tensor& input, const at::Tensor& hidden, const at::Tensor& cell,
+                                                         const std::optional<at::Tensor>& bias,
+                                                         const std::optional<at::Tensor>& other) {
+  const auto gates = (biased(hidden, other) + biased(input, bias)).chunk(4, 1);
+  const auto next = gates[1].sigmoid() * cell + gates[0].sigmoid() * gates[2].tanh();
+  return {gates[3].sigmoid() * next.tanh(), next, gates[0].detach()};
+}
+
 }  // namespace
 
 // A fallback comes after what torch makes of other operations, whose numbers may be others than the CPU's kernel's.
@@ -588,6 +611,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_copy_from_and_resize", &copy_from_and_resize);
   library.impl("_local_scalar_dense", &local_scalar_dense);
   library.impl("record_stream", &record_stream);
+  library.impl("_thnn_fused_gru_cell", &gru_step);
+  library.impl("_thnn_fused_lstm_cell", &lstm_step);
+}
+
+// Made of operations that autograd knows the derivatives of.
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
+  library.impl("_thnn_fused_gru_cell", &gru_step);
+  library.impl("_thnn_fused_lstm_cell", &lstm_step);
 }
 
 // A copy from a conjugate is made by what makes all copies; by default torch would make a copy of it first, and so on.
