@@ -60,11 +60,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param.startswith("cuda"):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-    elif why := simulated.load():
+        return torch.device(request.param)
+    return request.getfixturevalue("simulated_device")
+
+
+@pytest.fixture
+def simulated_device() -> torch.device:
+    """The simulated accelerator, with no transfers counted yet."""
+    if why := simulated.load():
         pytest.skip(why)
-    else:
-        simulated.transfers()
-    return torch.device(request.param)
+    simulated.transfers()
+    return torch.device(simulated.DEVICE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,6 +106,8 @@ def simulated_run(request: pytest.FixtureRequest) -> simulated.Run:
 
 
 def _is_simulated(item: pytest.Item) -> bool:
+    if "simulated_device" in getattr(item, "fixturenames", ()):
+        return True
     return getattr(getattr(item, "callspec", None), "params", {}).get("device") == "sim:0"
 
 

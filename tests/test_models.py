@@ -74,28 +74,14 @@ def assert_same_training(recipe: Recipe, rows: Rows, **options: Any) -> torchsta
     return loader
 
 
-_SIMULATED = [("DLRM", None), ("DLRM", True), ("DLRM", False), ("DeepFM", None), ("DSSM", None), ("DIN", None)]
-
-
 @pytest.mark.parametrize("on_cpu", [None, True, False])
 @every_model
 def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
     name: str, on_cpu: bool | None, device: torch.device
 ) -> None:
-    if name == "DIEN" and device.type == "sim":
-        pytest.skip("the simulated accelerator has no recurrent layers")
-    if device.type == "sim" and (name, on_cpu) not in _SIMULATED:
-        pytest.skip("the simulated accelerator takes seconds for tables as large as these")
     made = MODELS[name]
 
-    def build() -> nn.Module:
-        model = made.build().to(device)
-        for module in model.modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                module.sparse = device.type != "sim"  # which has no sparse tensors
-        return model
-
-    recipe = dataclasses.replace(made, build=build)
+    recipe = dataclasses.replace(made, build=lambda: made.build().to(device))
     rows = recipe.rows(2 * BATCH + LAST, seed=1, epochs=1, batch_size=BATCH)
     loader = assert_same_training(recipe, rows, stage_subgraph_on_cpu=on_cpu, bypass=False, num_threads=2, capacity=2)
     assert loader.plan is not None

@@ -30,7 +30,8 @@ class Transfer(NamedTuple):
     """A copy between host and device, or a number read.
 
     Attributes:
-        direction: "in" to the device, "out" from it, "item" for a number that Python asked for.
+        direction: "in" to the device, "out" from it, "item" for a number that Python asked for, "wait" for an operation that
+            waits for the values themselves, as `torch.unique` does for the size of its result.
         nbytes: bytes of it.
         thread: a number of the thread, see `this_thread`.
         stream: the stream it was queued on, 0 for the default one.
