@@ -80,6 +80,7 @@ class Core:
         if ticket is None:
             self._note_unstaged()
             return plain(*args, **kwargs)
+        result = None
         try:
             refused = ticket.refuse(leaves, spec)
             verifier = ticket.owner.verifier
@@ -88,13 +89,14 @@ class Core:
                 call, leaves = _with_contents(call, leaves, spec)
             if refused is not None:
                 ticket.owner.refused(ticket, *refused, unflatten(leaves, spec))
-                return ticket.owner.run_original(ticket, call, leaves, spec)
+                result = ticket.owner.run_original(ticket, call, leaves, spec)
+                return result
             ticket.owner.recorder.step()
             result = verifier.run(ticket, leaves, spec, call) if verified else ticket.run(leaves, call)
             ticket.owner.ran(ticket, leaves, spec)
             return result
         finally:
-            ticket.used()
+            ticket.used(result)
 
     def _note_unstaged(self) -> None:
         if not any(stager.active for stager in self.stagers):

@@ -18,9 +18,8 @@ wrong.
     never returns cannot keep the process alive.
  8. Nothing lost. After `stop`, `leftovers` are the outcomes that were read and not taken, in order.
  9. Out of the way. While the step runs its forward on a staged batch, no worker begins the next batch on account of the
-    slot that this one left: both would hold the interpreter lock by turns, and the step would wait for it. The slot is
-    free when the forward is done, and at the latest when the next batch is taken. A training loop that takes batches
-    without running the model on each, and one with several clients, is not held back so.
+    slot that this one left; see `torchstage.loaders._slot` for when that slot is free. A loop with several clients is not
+    held back so.
 10. Size. `resize` may be called at any time, by any thread. Workers that are too many end after the batch that they
     hold; nothing is read twice or lost.
 11. No cycle. Threads hold the pipeline, never the iterator or the loader that the user holds, so that dropping those
@@ -53,6 +52,7 @@ from torchstage.loaders._gate import GATE
 from torchstage.loaders._handler import Bound, Staged, hand_on
 from torchstage.loaders._reader import Read, Reader
 from torchstage.loaders._sizes import Sizes
+from torchstage.loaders._slot import Slot
 from torchstage.loaders._source import Batch
 from torchstage.loaders._stager import Stager
 from torchstage.loaders._tuner import Tuner
@@ -115,9 +115,10 @@ class Pipeline:
         self._sizes = Sizes(options, recorder, tuner)
         self.crew = self._sizes.crew
         self.channel: Channel[Item] = self._sizes.channel
+        self._slot = Slot(self.channel.free_slot)
+        self._slot.keep = options.num_clients == 1
         self._in_step = False
         self._taking = threading.Lock()
-        self._holding_back = options.num_clients == 1
 
     def start(self) -> None:
         """Read the first batch and prepare its staging on the calling thread, then start the workers.
@@ -163,13 +164,12 @@ class Pipeline:
         started = time.perf_counter()
         ready, crowded = self.channel.ready, self.channel.crowded
         occupancy = min(len(self.channel) / self.channel.capacity, 1.0)
-        if self.channel.slot_kept:
-            self._holding_back = False  # the model was not run on the last batch
+        self._slot.asked()
         item = self._next_batch()
-        if item.bound is None or self._in_step:
+        if item.bound is None or not self.channel.slot_kept:
             self.channel.free_slot()
         else:
-            item.bound.ticket.on_used = self.channel.free_slot
+            item.bound.ticket.on_used = self._slot.left()
         if item.bound is not None and self.stager is not None:
             self.stager.taken(item.bound.ticket)
         wait = time.perf_counter() - started
@@ -197,7 +197,7 @@ class Pipeline:
 
     def _take_any(self) -> Item:
         try:
-            return self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._holding_back)
+            return self._take_in_step() if self._in_step else self.channel.take(keep_slot=self._slot.keep)
         except ChannelCancelled:
             raise
         except BaseException as error:
@@ -209,7 +209,7 @@ class Pipeline:
         order = self.reader.order
         with self._taking:
             if not self._in_step:
-                return self.channel.take(keep_slot=self._holding_back)
+                return self.channel.take(keep_slot=self._slot.keep)
             got = None if self.channel.cancelled else self.reader.read_in_step()
             item = None if got is None else self._stage(got)
             if item is None or self.channel.cancelled:

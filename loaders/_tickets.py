@@ -40,7 +40,7 @@ class Ticket:
         self.staging = staging
         self.flaw = flaw
         self.spec = spec
-        self.on_used: Callable[[], None] | None = None
+        self.on_used: Callable[[Any], None] | None = None
         # Weak where that is possible: the registry must not keep a batch alive that the user has dropped.
         self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
         self._weak = [_is_weak(leaf) for leaf in leaves]
@@ -134,10 +134,10 @@ class Ticket:
             id(leaf) for leaf, weak in zip(self._leaves, self._weak, strict=True) if not weak and is_text_leaf(leaf)
         ]
 
-    def used(self) -> None:
-        """Note that a forward on this batch is done."""
+    def used(self, result: Any) -> None:
+        """Note that a forward on this batch is done, with what it returned; None if it raised."""
         if self.on_used is not None:
-            self.on_used()
+            self.on_used(result)
             self.on_used = None
 
     def _is_mine(self, leaves: Sequence[Any]) -> bool:

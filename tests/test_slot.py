@@ -1,0 +1,229 @@
+"""When a batch's slot in the buffer is free: a test per clause of `torchstage.loaders._slot`, on a clock of the test's own."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchstage
+from torchstage.loaders._slot import Slot
+
+
+class Loop:
+    """A training loop that says when its slots were freed."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.frees = 0
+        self.slot = Slot(self.free, lambda: self.now)
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def free(self) -> None:
+        self.frees += 1
+
+    def forward(self, wrap: Callable[[torch.Tensor], Any] = lambda output: output) -> torch.Tensor:
+        """Ask for a batch and run the forward; return the loss."""
+        self.slot.asked()
+        self.frees = 0
+        done = self.slot.left()
+        output = self.weight * 2
+        result = wrap(output)
+        assert self.frees == 0
+        done(result)
+        return output.sum()
+
+    def step(self, after: float = 0.001) -> tuple[bool, bool]:
+        """Run a step whose backward begins some seconds after its forward; say if the slot was free before and after."""
+        loss = self.forward()
+        before = self.frees > 0
+        self.now += after
+        loss.backward()
+        return before, self.frees > 0
+
+
+AT_FORWARD = (True, True)
+AT_BACKWARD = (False, True)
+
+
+def settled() -> Loop:
+    loop = Loop()
+    for _ in range(Slot.SEEN):
+        loop.step()
+    return loop
+
+
+def test_1_a_slot_is_kept_while_the_forward_runs() -> None:
+    loop = Loop()
+    assert loop.slot.keep
+    loop.forward()  # asserts it
+    assert loop.frees == 1
+
+
+def test_2_it_is_free_at_the_forwards_end_until_backwards_were_seen_to_follow_soon() -> None:
+    loop = Loop()
+    assert [loop.step() for _ in range(Slot.SEEN)] == [AT_FORWARD] * Slot.SEEN
+
+
+def test_2_late_backwards_do_not_count() -> None:
+    loop = Loop()
+    for after in (0.001, 0.001, 0.006, 0.001, 0.001):
+        assert loop.step(after) == AT_FORWARD
+    assert loop.step() == AT_FORWARD
+    assert loop.step() == AT_BACKWARD
+
+
+def test_3_then_it_is_free_when_the_backward_begins() -> None:
+    loop = settled()
+    assert [loop.step() for _ in range(5)] == [AT_BACKWARD] * 5
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: (x, None), lambda x: [3, x], lambda x: {"loss": x}, lambda x: (x.detach(), x), lambda x: (x * 3, x)],
+    ids=["tuple", "list", "dict", "second", "one of two"],
+)
+def test_3_the_tensor_may_be_in_a_container(wrap: Callable[[torch.Tensor], Any]) -> None:
+    loop = settled()
+    loss = loop.forward(wrap)
+    assert loop.frees == 0
+    loss.backward()
+    assert loop.frees == 1
+
+
+def test_3_a_second_backward_through_the_graph_frees_nothing() -> None:
+    loop = settled()
+    loss = loop.forward()
+    loss.backward(retain_graph=True)
+    loop.slot.asked()
+    loop.slot.left()
+    loss.backward()
+    assert loop.frees == 1
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "missing"])
+def test_4_a_backward_that_is_late_or_missing_ends_it_and_more_are_wanted_then(late: bool) -> None:
+    loop = settled()
+    if late:
+        assert loop.step(Slot.SOON + 0.001) == AT_BACKWARD
+    else:
+        loop.forward()
+    assert [loop.step() for _ in range(2 * Slot.SEEN)] == [AT_FORWARD] * (2 * Slot.SEEN)
+    assert loop.step() == AT_BACKWARD
+
+
+def test_4_there_is_a_most() -> None:
+    loop = Loop()
+    for _ in range(12):
+        while loop.step() == AT_FORWARD:
+            pass
+        loop.forward()
+    steps = 0
+    while loop.step() == AT_FORWARD:
+        steps += 1
+    assert steps == Slot.MOST
+
+
+def test_5_a_result_without_a_gradient_frees_it_and_counts_for_nothing() -> None:
+    loop = settled()
+    for result in (torch.ones(2), None, "text", [torch.ones(2)], {}):
+        loop.slot.asked()
+        loop.frees = 0
+        loop.slot.left()(result)
+        assert loop.frees == 1
+    assert loop.step() == AT_BACKWARD
+
+
+def test_6_a_loop_that_does_not_run_the_model_keeps_no_slot() -> None:
+    loop = settled()
+    loop.slot.asked()
+    loop.slot.left()
+    assert loop.slot.keep
+    loop.slot.asked()
+    assert not loop.slot.keep
+
+
+def test_7_a_graph_that_is_kept_does_not_keep_the_buffer() -> None:
+    loop = settled()
+    loss = loop.forward()
+    watch = weakref.ref(loop.slot)
+    del loop.slot
+    gc.collect()
+    assert watch() is None
+    loss.backward()
+
+
+class Linear(nn.Module):
+    """A prefix and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return one number a row."""
+        output: torch.Tensor = self.layer(x.double().sin().float())
+        return output
+
+
+class Reads:
+    """Batches, and how many have been read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.read = 0
+        self.changed = threading.Condition()
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(self.count):
+            with self.changed:
+                self.read += 1
+                self.changed.notify_all()
+            yield torch.randn(8, 4, generator=torch.Generator().manual_seed(index))
+
+    def reached(self, count: int, timeout: float) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: self.read >= count, timeout)
+
+
+def test_3_in_a_loop_the_next_batch_is_read_when_the_backward_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slot, "SOON", 60.0)
+    reads = Reads(20)
+    staged, loader = torchstage.smart_stage(Linear(), reads, capacity=1, bypass=False)
+    iterator = iter(loader)
+    for _ in range(Slot.SEEN):
+        staged(next(iterator)).sum().backward()
+    loss = staged(next(iterator)).sum()
+    taken = Slot.SEEN + 1
+    assert reads.reached(taken + 1, 10)  # one waits for the slot in its worker's hand
+    assert not reads.reached(taken + 2, 0.05)
+    loss.backward()
+    assert reads.reached(taken + 2, 10)
+    iterator.close()  # type: ignore[attr-defined]
+
+
+def train(model: nn.Module, batches: Any) -> list[torch.Tensor]:
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    seen = []
+    for x in batches:
+        output = model(x)
+        optimizer.zero_grad()
+        output.square().mean().backward()
+        optimizer.step()
+        seen += [output.detach(), *[parameter.grad.clone() for parameter in parameters if parameter.grad is not None]]
+    return seen + [parameter.detach().clone() for parameter in parameters]
+
+
+def test_training_that_holds_workers_back_is_the_plain_one() -> None:
+    torch.manual_seed(0)
+    plain = Linear()
+    torch.manual_seed(0)
+    staged, loader = torchstage.smart_stage(Linear(), Reads(20), bypass=False)
+    expected, found = train(plain, Reads(20)), train(staged, loader)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert loader.stats.staged_steps == 20
