@@ -25,7 +25,8 @@ class Settings:
         device: where the model is: "cpu" or "cuda".
         num_threads: of the stage.
         capacity: staged batches that may wait.
-        rounds: how often each loop gets its turn; one more, the first, does not count.
+        rounds: how often each loop gets its turn; one more, the first, does not count. Many short turns tell more than few long
+            ones: a neighbour in time is a better comparison on a machine whose speed drifts.
         seconds: of a turn, about.
         settle: steps before the first round, in which the library makes its choices.
         distinct: batches that are passed over again and again.
@@ -34,8 +35,8 @@ class Settings:
     device: str = "cpu"
     num_threads: int = 1
     capacity: int = 2
-    rounds: int = 9
-    seconds: float = 1.5
+    rounds: int = 25
+    seconds: float = 0.5
     settle: int = 60
     distinct: int = 64
 
@@ -179,7 +180,7 @@ class Measured:
 
 
 def measure(recipe: Recipe, names: Sequence[str], settings: Settings) -> Measured:
-    """Train a model in several ways in turn, A B C A B C ..., so that a change of the machine's speed meets each alike.
+    """Train a model in several ways in turn, A B C C B A ..., so that a change of the machine's speed meets each alike.
 
     Raises:
         AssertionError: a staged loop did not stage, or on the CPU one that must has not the losses of the plain one.
@@ -191,7 +192,7 @@ def measure(recipe: Recipe, names: Sequence[str], settings: Settings) -> Measure
         alone = [turn(loop, settings.settle, 0) for loop in loops]
         steps = max(4, round(settings.seconds / alone[0]))
         for number in range(settings.rounds + 1):
-            for loop in loops:
+            for loop in loops[:: -1 if number % 2 else 1]:
                 time_per_step = turn(loop, steps, settings.warmup)
                 if number:  # the first round does not count
                     seconds[loop.mode].append(time_per_step)

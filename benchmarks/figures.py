@@ -17,12 +17,12 @@ import os
 import pathlib
 import platform
 import re
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from benchmarks._spread import Spread
 from benchmarks._svg import Bar, Group, Picture
 from benchmarks._training import PLAIN, READY, Measured, Settings, measure, modes
 from benchmarks.models import MODELS
@@ -49,23 +49,6 @@ SAYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Ratio:
-    """The median of some rounds, with the least and the most."""
-
-    middle: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Ratio":
-        """Summarise one figure for each round."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __str__(self) -> str:
-        return f"{self.middle:.3f} ({self.low:.3f}..{self.high:.3f})"
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
     """What was measured of a model, and what was published.
 
@@ -84,13 +67,13 @@ class Model:
         """The modes that are held against the plain loop."""
         return [mode for mode in self.seconds if mode not in (PLAIN, READY)]
 
-    def speed(self, mode: str) -> Ratio:
+    def speed(self, mode: str) -> Spread:
         """Return steps per second."""
-        return Ratio.of([1 / seconds for seconds in self.seconds[mode]])
+        return Spread.of([1 / seconds for seconds in self.seconds[mode]])
 
-    def gain(self, mode: str, base: str = PLAIN) -> Ratio:
+    def gain(self, mode: str, base: str = PLAIN) -> Spread:
         """Return how many times as fast as ``base`` it is, by rounds: neighbours in time, so a slow minute cancels."""
-        return Ratio.of([b / a for a, b in zip(self.seconds[mode], self.seconds[base], strict=True)])
+        return Spread.of([b / a for a, b in zip(self.seconds[mode], self.seconds[base], strict=True)])
 
 
 def read(figures: dict[str, Any]) -> list[Model]:
@@ -114,8 +97,8 @@ def table(models: Sequence[Model]) -> str:
     ]
     for model in models:
         for mode in model.seconds:
-            gain = "1" if mode == PLAIN else str(model.gain(mode))
-            share = str(model.gain(mode, READY)) if READY in model.seconds and mode != READY else ""
+            gain = "1" if mode == PLAIN else model.gain(mode).text()
+            share = model.gain(mode, READY).text() if READY in model.seconds and mode != READY else ""
             published = " | ".join(_published(model.name, kind) if mode == PLAIN else "" for kind in SETTINGS)
             name = model.name if mode == PLAIN else ""
             lines.append(f"| {name} | {mode} | {_speed(model.speed(mode))} | {gain} | {share} | {published} |")
@@ -131,7 +114,7 @@ def report(figures: dict[str, Any]) -> str:
         f"`python -m benchmarks.figures`, {figures['date']}: {settings['rounds']} rounds, each loop with a turn of about",
         f"{settings['seconds']} s, after one that does not count. One intra-op thread.",
         f"num_threads={settings['num_threads']}, capacity={settings['capacity']}, where they are not tuned.",
-        "A figure is the median over the rounds, with the least and the most; a ratio is taken within each round.",
+        "A figure is the median over the rounds, with the quartiles; a ratio is taken within each round.",
         f'"published" is the best published ratio of SmartStage. {figures["note"]}'.rstrip(),
         "",
         f"![Training speed, staged to plain](figures_{figures['device']}.svg)",
@@ -160,13 +143,13 @@ def picture(figures: dict[str, Any]) -> str:
         bars = []
         for mode in model.staged:
             gain = model.gain(mode)
-            share = f"{model.gain(mode, READY).middle:.0%}" if READY in model.seconds else ""
-            notes = (f"{gain.middle:.2f}", _number(model.speed(mode).middle), share)
-            bars.append(Bar(mode, gain.middle, gain.low, gain.high, notes))
-        title = f"{model.name}: {_number(model.speed(PLAIN).middle)} steps/s plain"
+            share = f"{model.gain(mode, READY).median:.0%}" if READY in model.seconds else ""
+            notes = (f"{gain.median:.2f}", _number(model.speed(mode).median), share)
+            bars.append(Bar(mode, gain.median, gain.low, gain.high, notes))
+        title = f"{model.name}: {_number(model.speed(PLAIN).median)} steps/s plain"
         room = None
         if READY in model.seconds:
-            room = model.gain(READY).middle
+            room = model.gain(READY).median
             title += f", ceiling {room:.2f}"
         title += f", published {model.published:.2f}" if model.published is not None else ""
         groups.append(Group(title, bars, room, model.published))
@@ -175,7 +158,7 @@ def picture(figures: dict[str, Any]) -> str:
         head="Training speed, staged to plain (1 is the plain loop)",
         lines=[
             f"{figures['machine']}, {figures['date']}",
-            f"Median of {settings['rounds']} rounds in turn, with the least and the most; one intra-op thread",
+            f"Median of {settings['rounds']} rounds in turn, with the quartiles; one intra-op thread",
         ],
         groups=groups,
         room="what there is to win: values ready before the clock starts",
@@ -197,8 +180,8 @@ def _published(name: str, kind: str) -> str:
     return "" if figures is None else f"{figures.ratio:.3f}"
 
 
-def _speed(speed: Ratio) -> str:
-    return f"{_number(speed.middle)} ({_number(speed.low)}..{_number(speed.high)})"
+def _speed(speed: Spread) -> str:
+    return f"{_number(speed.median)} ({_number(speed.low)}..{_number(speed.high)})"
 
 
 def _number(value: float) -> str:

@@ -46,12 +46,12 @@ MEASURED: dict[str, Any] = {
 def test_ratios_are_taken_within_each_round() -> None:
     [model] = figures.read(MEASURED)
     expected = {
-        model.gain("main"): (2.0, 0.8, 2.0),
-        model.gain("main", READY): (0.5, 0.2, 1.0),
-        model.speed(PLAIN): (5.0, 2.5, 10.0),
+        model.gain("main"): (2.0, 1.4, 2.0),
+        model.gain("main", READY): (0.5, 0.35, 0.75),
+        model.speed(PLAIN): (5.0, 3.75, 7.5),
     }
-    for ratio, (middle, low, high) in expected.items():
-        assert [ratio.middle, ratio.low, ratio.high] == pytest.approx([middle, low, high])
+    for ratio, (median, low, high) in expected.items():
+        assert [ratio.median, ratio.low, ratio.high] == pytest.approx([median, low, high])
     assert model.staged == ["main"]
     assert model.published == pytest.approx(212 / 201)
 
@@ -59,8 +59,8 @@ def test_ratios_are_taken_within_each_round() -> None:
 def test_the_table_has_a_line_for_each_way_of_training() -> None:
     lines = figures.table(figures.read(MEASURED)).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| DLRM | plain | 5.00 (2.50..10.0) | 1 | 0.250 (0.250..0.500) | 1.055 | 2.051 |"
-    assert lines[3] == "|  | main | 10.0 (2.00..20.0) | 2.000 (0.800..2.000) | 0.500 (0.200..1.000) |  |  |"
+    assert lines[2] == "| DLRM | plain | 5.00 (3.75..7.50) | 1 | 0.250 (0.250..0.375) | 1.055 | 2.051 |"
+    assert lines[3] == "|  | main | 10.0 (6.00..15.0) | 2.000 (1.400..2.000) | 0.500 (0.350..0.750) |  |  |"
     assert "losses that are plain's, bit for bit, at each of 12 steps: main, ready." in figures.report(MEASURED)
 
 

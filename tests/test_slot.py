@@ -130,7 +130,8 @@ def test_4_there_is_a_most() -> None:
 
 def test_5_a_result_without_a_gradient_frees_it_and_counts_for_nothing() -> None:
     loop = settled()
-    for result in (torch.ones(2), None, "text", [torch.ones(2)], {}):
+    results: list[Any] = [torch.ones(2), None, "text", [torch.ones(2)], {}]
+    for result in results:
         loop.slot.asked()
         loop.frees = 0
         loop.slot.left()(result)
@@ -203,7 +204,7 @@ def test_3_in_a_loop_the_next_batch_is_read_when_the_backward_begins(monkeypatch
     assert not reads.reached(taken + 2, 0.05)
     loss.backward()
     assert reads.reached(taken + 2, 10)
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
 
 
 def train(model: nn.Module, batches: Any) -> list[torch.Tensor]:

@@ -186,7 +186,7 @@ def _copy_array(array: "np.ndarray[Any, Any]") -> Any:
 
 
 def _copy_text(value: Any) -> Any:
-    return type(value)(list(value))  # tuple() of a tuple would be the same object
+    return value[:] if type(value) is list else (*value,)  # a slice of a tuple would be the same object
 
 
 class Snapshot(NamedTuple):

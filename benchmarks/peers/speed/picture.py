@@ -7,9 +7,10 @@ colour alone, and blue and orange are told apart by all kinds of eyes.
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from benchmarks._spread import Spread
 from benchmarks.peers.speed.model import STEPS
 from benchmarks.peers.speed.peers import CEILING
-from benchmarks.peers.speed.results import MS, Found, Spread, rounded_up
+from benchmarks.peers.speed.results import MS, Found, rounded_up
 from benchmarks.peers.speed.runner import Runner
 from benchmarks.peers.speed.session import Figures
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks._spread import Spread
 from benchmarks.peers.speed.model import STEPS, Size
 from benchmarks.peers.speed.peers import BASE, CEILING
 from benchmarks.peers.speed.runner import Runner
@@ -21,27 +22,6 @@ Found = Mapping[str, Mapping[str, Figures]]
 """By main step, by runner."""
 
 MS = 1e-3
-
-
-class Spread(NamedTuple):
-    """The median of some figures, and their quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, figures: Sequence[float]) -> "Spread":
-        """Return the spread of at least one figure."""
-        if len(figures) < 2:
-            return cls(figures[0], figures[0], figures[0])
-        low, middle, high = statistics.quantiles(figures, n=4, method="inclusive")
-        return cls(middle, low, high)
-
-    def text(self, unit: float = 1.0, digits: int = 3) -> str:
-        """Return the median with the quartiles."""
-        median, low, high = (f"{value / unit:.{digits}f}" for value in self)
-        return f"{median} ({low}..{high})"
 
 
 def ratios(figures: Figures, base: Figures) -> list[float]:
