@@ -1,8 +1,4 @@
-"""Which rows of a table an optimizer's step writes, learnt from torch's global hooks on all optimizers.
-
-No optimizer is patched: the hooks are torch's own (`torch.optim.optimizer.register_optimizer_step_post_hook`), set with the
-first table to watch. They stay, since they cannot be removed safely: a table may die while torch runs them.
-"""
+"""Which rows of a table an optimizer's step writes, learnt from torch's hooks on all optimizers."""
 
 import os
 import threading
@@ -11,14 +7,12 @@ from typing import Any
 
 import torch
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
-from torch.optim import optimizer as torch_optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from torchstage.loaders._step_hooks import around_steps, others_listen
 from torchstage.loaders._tables import Table
 
 _lock = threading.RLock()  # a finalizer may run inside
 _tables: dict[int, "weakref.ref[Table]"] = {}
-_handles: list[Any] = []
 
 
 def table_of(weight: torch.Tensor) -> Table:
@@ -30,9 +24,7 @@ def table_of(weight: torch.Tensor) -> Table:
         table = Table(weight)
         _tables[id(weight)] = weakref.ref(table)
         weakref.finalize(table, _forget, id(weight))
-        if not _handles:
-            _handles.append(register_optimizer_step_pre_hook(_before_step))
-            _handles.append(register_optimizer_step_post_hook(_after_step))
+        around_steps(_before_step, _after_step)
         return table
 
 
@@ -49,16 +41,14 @@ def _table(weight: torch.Tensor) -> Table | None:
     return table if table is not None and table.owns(weight) else None
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             table = _table(weight)
             if table is not None:
-                table.before_step(_hooked(optimizer))
+                table.before_step(others_listen(optimizer))
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     closure = any(argument is not None for argument in [*args[1:], *kwargs.values()])
     for group in optimizer.param_groups:
@@ -90,18 +80,11 @@ def why_all_rows(optimizer: Optimizer, group: dict[str, Any], weight: torch.Tens
     if closure:
         return f"{kind} with a closure"
     table = _table(weight)
-    if _hooked(optimizer) or (table is not None and table.hooked):  # one may have removed itself
+    if others_listen(optimizer) or (table is not None and table.hooked):  # one may have removed itself
         return f"{kind} with step hooks"
     if not _is_torchs(type(optimizer).step):
         return f"{kind} with a step that is not torch's"
     return None
-
-
-def _hooked(optimizer: Optimizer) -> bool:
-    """Whether a step of ``optimizer`` runs hooks besides ours."""
-    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-    everyones = len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
-    return hooks + everyones > len(_handles)
 
 
 def _is_torchs(step: Any) -> bool:

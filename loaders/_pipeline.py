@@ -267,6 +267,7 @@ class Pipeline:
                 add_note(error, f"raised while staging batch {got.number}, on a torchstage thread")
             return self._failed(got, error, f"staging batch {got.number} raised {error!r}")
         seconds = time.perf_counter() - started
+        self._slot.staged(got.seconds + seconds)
         self.recorder.staged(got.seconds, None if staged.bound is None else seconds)
         self._sizes.staged(batch, staged.bound, got.seconds, seconds)
         return Item(got, *staged)

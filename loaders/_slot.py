@@ -1,27 +1,32 @@
 """When the slot that a batch leaves in the buffer is free: while the step runs Python, its worker had better wait.
 
-A worker and the training thread would hold the interpreter lock by turns, and the step would wait for it again and again.
-In a backward the lock is free, but for moments. What the forward returned tells when one begins.
+A worker and the training thread would hold the interpreter lock by turns, and the step would wait for it again and again. In a
+backward the lock is free, but for moments, and where the loop waits, for an accelerator say, it is free for good.
 
 Contract (tests/test_slot.py has a test per number):
 
 1. A slot is kept while the forward on its batch runs, and is free once the next batch is asked for.
-2. It is free when the forward is done, until `SEEN` backwards in a row have begun within `SOON` seconds after their forward.
-3. From then on it is free when the backward begins: when a gradient comes to what the forward returned.
-4. A backward that comes later, or not at all before the next batch is asked for, ends that, and twice as many in a row are
-   wanted from then on, `MOST` in the end.
-5. Forwards whose result takes no gradient, an evaluation's for example, free the slot when they are done and count for nothing.
-6. Once a batch is asked for and no forward was run on the last one, slots are not kept any more.
-7. A graph that somebody keeps does not keep the buffer.
+2. It is free when the forward is done, until one of the two habits that follow was seen in `SEEN` steps in a row.
+3. Backwards begin within `SOON` seconds after their forward: then it is free when the backward begins, which is when a gradient
+   comes to what the forward returned.
+4. The loop does something else after its optimizer's step, for at least `ROOM` times as long as a batch takes to be read and
+   staged: then it is free when that step is done.
+5. A step that does not keep to a habit ends it, and twice as many in a row are wanted from then on, `MOST` in the end.
+6. Forwards whose result takes no gradient, an evaluation's for example, free the slot when they are done and count for nothing.
+7. Once a batch is asked for and no forward was run on the last one, slots are not kept any more.
+8. A graph that somebody keeps does not keep the buffer, and neither do the hooks on optimizers.
 """
 
 import functools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+
+from torchstage.loaders._step_hooks import after_steps
 
 
 class Slot:
@@ -36,27 +41,38 @@ class Slot:
     """
 
     SOON = 0.005
-    SEEN = 3
-    MOST = 1000
+    ROOM = 1.25
 
     def __init__(self, free: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
         self.keep = True
         self._free = free
         self._clock = clock
-        self._wanted = self.SEEN
-        self._seen = 0
+        self._backward, self._pause = Habit(), Habit()
+        self._staging: float | None = None
         self._batch = 0
+        self._thread = 0
         self._in_forward = False
-        self._done: float | None = None
+        self._forward_at: float | None = None
+        self._backward_at: float | None = None
+        self._step_at: float | None = None
+        after_steps(weakref.WeakMethod(self._optimizer_done))
+
+    def staged(self, seconds: float) -> None:
+        """Note what a batch took to be read and staged. Called by its worker."""
+        before = seconds if self._staging is None else self._staging
+        self._staging = before + (seconds - before) / 4
 
     def asked(self) -> None:
         """Note that the next batch is asked for."""
         if self._in_forward:
             self.keep = False
-        elif self._done is not None:
-            self._missed()
-        self._done = None
+        elif self._forward_at is not None:
+            begun, stepped, now = self._backward_at, self._step_at, self._clock()
+            room = None if self._staging is None else self._staging * self.ROOM
+            self._backward.note(begun is not None and begun - self._forward_at <= self.SOON)
+            self._pause.note(stepped is not None and room is not None and now - stepped >= room)
         self._in_forward = False
+        self._forward_at = self._backward_at = self._step_at = None
 
     def left(self) -> Callable[[Any], None]:
         """Note that a batch was taken whose slot is kept; return what is to be called with a forward's result."""
@@ -68,27 +84,47 @@ class Slot:
         self._in_forward = False
         nodes = list(_nodes(result))
         if nodes:
-            began = functools.partial(_began, weakref.ref(self), self._batch)
-            self._done = self._clock()
+            self._thread = threading.get_ident()
+            self._forward_at = self._clock()
+            begins = functools.partial(_backward_begins, weakref.ref(self), self._batch)
             for node in nodes:
-                node.register_prehook(began)
-        if not nodes or self._seen < self._wanted:
+                node.register_prehook(begins)
+        if not nodes or not (self._backward.holds or self._pause.holds):
             self._free()
 
-    def _backward_began(self, batch: int) -> None:
-        if batch != self._batch or self._done is None:
+    def _backward_begun(self, batch: int) -> None:
+        if batch != self._batch or self._forward_at is None or self._backward_at is not None:
             return  # of an earlier batch, or there was a gradient already
-        self._free()
-        soon, self._done = self._clock() - self._done <= self.SOON, None
-        if soon:
-            self._seen += 1
-        else:
-            self._missed()
+        self._backward_at = self._clock()
+        if not self._pause.holds:
+            self._free()
 
-    def _missed(self) -> None:
-        if self._seen >= self._wanted:
-            self._wanted = min(2 * self._wanted, self.MOST)
+    def _optimizer_done(self) -> None:
+        if self._forward_at is not None and threading.get_ident() == self._thread:
+            self._step_at = self._clock()
+            self._free()
+
+
+class Habit:
+    """Something that steps do: `SEEN` of them in a row, and after each that did not twice as many, `MOST` in the end."""
+
+    SEEN = 3
+    MOST = 1000
+
+    def __init__(self) -> None:
+        self._wanted = self.SEEN
         self._seen = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether the next step is expected to do it."""
+        return self._seen >= self._wanted
+
+    def note(self, did: bool) -> None:
+        """Note whether a step did it."""
+        if not did and self.holds:
+            self._wanted = min(2 * self._wanted, self.MOST)
+        self._seen = self._seen + 1 if did else 0
 
 
 def _nodes(result: Any) -> Iterator[Any]:
@@ -101,7 +137,7 @@ def _nodes(result: Any) -> Iterator[Any]:
         yield from (part.grad_fn for part in parts if isinstance(part, torch.Tensor) and part.grad_fn is not None)
 
 
-def _began(slot: "weakref.ref[Slot]", batch: int, _: Any) -> None:
-    alive = slot()
-    if alive is not None:
-        alive._backward_began(batch)
+def _backward_begins(known: "weakref.ref[Slot]", batch: int, _: Any) -> None:
+    slot = known()
+    if slot is not None:
+        slot._backward_begun(batch)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchstage
-from torchstage.loaders._slot import Slot
+from torchstage.loaders._slot import Habit, Slot
 
 
 class Loop:
@@ -21,7 +21,9 @@ class Loop:
         self.now = 0.0
         self.frees = 0
         self.slot = Slot(self.free, lambda: self.now)
+        self.slot.staged(0.004)
         self.weight = nn.Parameter(torch.ones(2))
+        self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
 
     def free(self) -> None:
         self.frees += 1
@@ -37,23 +39,34 @@ class Loop:
         done(result)
         return output.sum()
 
-    def step(self, after: float = 0.001) -> tuple[bool, bool]:
-        """Run a step whose backward begins some seconds after its forward; say if the slot was free before and after."""
+    def step(self, after: float = 0.001, pause: float = 0.0) -> str:
+        """Run a step and say what freed its slot.
+
+        Args:
+            after: seconds from its forward to its backward.
+            pause: seconds from its optimizer's step to its end.
+        """
         loss = self.forward()
-        before = self.frees > 0
+        freed = "forward" if self.frees else ""
         self.now += after
         loss.backward()
-        return before, self.frees > 0
+        freed = freed or ("backward" if self.frees else "")
+        self.now += 0.001
+        self.optimizer.step()
+        freed = freed or ("optimizer" if self.frees else "")
+        self.now += pause
+        return freed
+
+    def steps(self, count: int, after: float = 0.001, pause: float = 0.0) -> set[str]:
+        return {self.step(after, pause) for _ in range(count)}
 
 
-AT_FORWARD = (True, True)
-AT_BACKWARD = (False, True)
+SEEN = Habit.SEEN
 
 
-def settled() -> Loop:
+def settled(pause: float = 0.0) -> Loop:
     loop = Loop()
-    for _ in range(Slot.SEEN):
-        loop.step()
+    loop.steps(SEEN, pause=pause)
     return loop
 
 
@@ -64,22 +77,18 @@ def test_1_a_slot_is_kept_while_the_forward_runs() -> None:
     assert loop.frees == 1
 
 
-def test_2_it_is_free_at_the_forwards_end_until_backwards_were_seen_to_follow_soon() -> None:
-    loop = Loop()
-    assert [loop.step() for _ in range(Slot.SEEN)] == [AT_FORWARD] * Slot.SEEN
+def test_2_it_is_free_at_the_forwards_end_until_a_habit_was_seen() -> None:
+    assert Loop().steps(SEEN) == {"forward"}
 
 
-def test_2_late_backwards_do_not_count() -> None:
+def test_2_what_comes_late_is_no_habit() -> None:
     loop = Loop()
-    for after in (0.001, 0.001, 0.006, 0.001, 0.001):
-        assert loop.step(after) == AT_FORWARD
-    assert loop.step() == AT_FORWARD
-    assert loop.step() == AT_BACKWARD
+    assert loop.steps(2) | loop.steps(1, after=0.006) | loop.steps(3) == {"forward"}
+    assert loop.step() == "backward"
 
 
 def test_3_then_it_is_free_when_the_backward_begins() -> None:
-    loop = settled()
-    assert [loop.step() for _ in range(5)] == [AT_BACKWARD] * 5
+    assert settled().steps(5) == {"backward"}
 
 
 @pytest.mark.parametrize(
@@ -105,30 +114,68 @@ def test_3_a_second_backward_through_the_graph_frees_nothing() -> None:
     assert loop.frees == 1
 
 
+def test_4_where_the_loop_pauses_it_is_free_when_the_optimizer_is_done() -> None:
+    assert settled(pause=0.0051).steps(5, pause=0.0051) == {"optimizer"}
+
+
+def test_4_also_where_backwards_come_late() -> None:
+    loop = Loop()
+    assert loop.steps(SEEN, after=1.0, pause=1.0) == {"forward"}
+    assert loop.step(after=1.0, pause=1.0) == "optimizer"
+
+
+def test_4_the_pause_has_to_be_longer_than_staging_a_batch() -> None:
+    assert settled(pause=0.0049).steps(5, pause=0.0049) == {"backward"}
+    loop = settled(pause=0.0051)
+    for _ in range(50):
+        loop.slot.staged(0.005)  # batches have become larger
+    assert loop.steps(2, pause=0.0051) == {"backward"}
+
+
+def test_4_an_optimizer_of_another_thread_does_not_count() -> None:
+    loop = settled(pause=1.0)
+    loss = loop.forward()
+    loss.backward()
+    thread = threading.Thread(target=loop.optimizer.step)
+    thread.start()
+    thread.join()
+    assert loop.frees == 0
+    loop.optimizer.step()
+    assert loop.frees == 1
+
+
 @pytest.mark.parametrize("late", [True, False], ids=["late", "missing"])
-def test_4_a_backward_that_is_late_or_missing_ends_it_and_more_are_wanted_then(late: bool) -> None:
+def test_5_a_step_that_does_not_keep_to_it_ends_it_and_more_are_wanted_then(late: bool) -> None:
     loop = settled()
     if late:
-        assert loop.step(Slot.SOON + 0.001) == AT_BACKWARD
+        assert loop.step(after=Slot.SOON + 0.001) == "backward"
     else:
         loop.forward()
-    assert [loop.step() for _ in range(2 * Slot.SEEN)] == [AT_FORWARD] * (2 * Slot.SEEN)
-    assert loop.step() == AT_BACKWARD
+    assert loop.steps(2 * SEEN) == {"forward"}
+    assert loop.step() == "backward"
 
 
-def test_4_there_is_a_most() -> None:
-    loop = Loop()
+def test_5_without_the_pause_it_goes_back_to_the_backward() -> None:
+    loop = settled(pause=1.0)
+    assert [loop.step(), loop.step()] == ["optimizer", "backward"]
+    assert loop.steps(2 * SEEN, pause=1.0) == {"backward"}
+    assert loop.step() == "optimizer"
+
+
+def test_5_there_is_a_most() -> None:
+    habit = Habit()
     for _ in range(12):
-        while loop.step() == AT_FORWARD:
-            pass
-        loop.forward()
+        while not habit.holds:
+            habit.note(True)
+        habit.note(False)
     steps = 0
-    while loop.step() == AT_FORWARD:
+    while not habit.holds:
+        habit.note(True)
         steps += 1
-    assert steps == Slot.MOST
+    assert steps == Habit.MOST
 
 
-def test_5_a_result_without_a_gradient_frees_it_and_counts_for_nothing() -> None:
+def test_6_a_result_without_a_gradient_frees_it_and_counts_for_nothing() -> None:
     loop = settled()
     results: list[Any] = [torch.ones(2), None, "text", [torch.ones(2)], {}]
     for result in results:
@@ -136,10 +183,10 @@ def test_5_a_result_without_a_gradient_frees_it_and_counts_for_nothing() -> None
         loop.frees = 0
         loop.slot.left()(result)
         assert loop.frees == 1
-    assert loop.step() == AT_BACKWARD
+    assert loop.step() == "backward"
 
 
-def test_6_a_loop_that_does_not_run_the_model_keeps_no_slot() -> None:
+def test_7_a_loop_that_does_not_run_the_model_keeps_no_slot() -> None:
     loop = settled()
     loop.slot.asked()
     loop.slot.left()
@@ -148,7 +195,7 @@ def test_6_a_loop_that_does_not_run_the_model_keeps_no_slot() -> None:
     assert not loop.slot.keep
 
 
-def test_7_a_graph_that_is_kept_does_not_keep_the_buffer() -> None:
+def test_8_a_graph_that_is_kept_does_not_keep_the_buffer() -> None:
     loop = settled()
     loss = loop.forward()
     watch = weakref.ref(loop.slot)
@@ -196,13 +243,31 @@ def test_3_in_a_loop_the_next_batch_is_read_when_the_backward_begins(monkeypatch
     reads = Reads(20)
     staged, loader = torchstage.smart_stage(Linear(), reads, capacity=1, bypass=False)
     iterator = iter(loader)
-    for _ in range(Slot.SEEN):
+    for _ in range(SEEN):
         staged(next(iterator)).sum().backward()
     loss = staged(next(iterator)).sum()
-    taken = Slot.SEEN + 1
+    taken = SEEN + 1
     assert reads.reached(taken + 1, 10)  # one waits for the slot in its worker's hand
     assert not reads.reached(taken + 2, 0.05)
     loss.backward()
+    assert reads.reached(taken + 2, 10)
+    iterator.close()
+
+
+def test_4_in_a_loop_the_next_batch_is_read_when_the_optimizer_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slot, "ROOM", 0.0)
+    reads = Reads(20)
+    staged, loader = torchstage.smart_stage(Linear(), reads, capacity=1, bypass=False)
+    optimizer = torch.optim.SGD(staged.parameters(), lr=0.1)
+    iterator = iter(loader)
+    for _ in range(SEEN):
+        staged(next(iterator)).sum().backward()
+        optimizer.step()
+    staged(next(iterator)).sum().backward()
+    taken = SEEN + 1
+    assert reads.reached(taken + 1, 10)
+    assert not reads.reached(taken + 2, 0.05)
+    optimizer.step()
     assert reads.reached(taken + 2, 10)
     iterator.close()
 
