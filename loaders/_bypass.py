@@ -29,7 +29,7 @@ class Bypass:
     """
 
     MARGIN = 0.05
-    TRIALS = 2
+    TRIALS = 3
     FIRST = 200
     OFF = 20
     MOST = 20_000

@@ -50,7 +50,7 @@ def test_it_waits_until_no_other_trial_is_under_way() -> None:
     assert any(job.run(50, staged=2.0, plain=1.0))
 
 
-def test_staging_is_off_where_it_was_slower_twice_and_on_again_where_it_is_not() -> None:
+def test_staging_is_off_where_it_was_slower_again_and_again_and_on_again_where_it_is_not() -> None:
     job = Job()
     job.run(2 * Bypass.FIRST, staged=2.0, plain=1.0)
     assert job.bypass.off

@@ -181,6 +181,7 @@ RUNNERS: list[Runner] = [
     TorchRec("TrainPipelineSparseDist", 1),
     Staged(),
     Staged(tuned=True),
+    Staged(process=True),
     CEILING,
 ]
 

@@ -135,24 +135,27 @@ class Staged(Runner):
 
     Args:
         tuned: let it choose its threads and its buffer.
+        process: run the stage in a worker process, else in a thread.
     """
 
     packages = ("torchstage",)
     ours = True
 
-    def __init__(self, tuned: bool = False) -> None:
-        self._tuned = tuned
-        self.name = "torchstage" + (", AUTOTUNE" if tuned else "")
-        more = ", num_threads=AUTOTUNE, capacity=AUTOTUNE" if tuned else ""
+    def __init__(self, tuned: bool = False, process: bool = False) -> None:
+        self._tuned, self._process = tuned, process
+        self.name = "torchstage" + (", AUTOTUNE" if tuned else "") + (", process" if process else "")
+        more = ", num_threads=AUTOTUNE, capacity=AUTOTUNE" if tuned else f", capacity={AHEAD}"
+        more += ', stage_executor="process"' if process else ""
         self.setup = f"`smart_stage(model, DataLoader(..., num_workers=0){more})`; the model is not split"
 
     def steps(self, job: Job) -> Steps:
         import torchstage
 
-        auto: dict[str, Any] = (
-            {"num_threads": torchstage.AUTOTUNE, "capacity": torchstage.AUTOTUNE} if self._tuned else {}
-        )
-        model, loader = torchstage.smart_stage(job.model, read(job), **auto)
+        auto = torchstage.AUTOTUNE
+        options: dict[str, Any] = {"num_threads": auto, "capacity": auto} if self._tuned else {"capacity": AHEAD}
+        if self._process:
+            options["stage_executor"] = "process"
+        model, loader = torchstage.smart_stage(job.model, read(job), **options)
         with loader:
             try:
                 for batch in loader:
