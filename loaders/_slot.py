@@ -9,15 +9,18 @@ Contract (tests/test_slot.py has a test per number):
 2. It is free when the forward is done, until one of the two habits that follow was seen in `SEEN` steps in a row.
 3. Backwards begin within `SOON` seconds after their forward: then it is free when the backward begins, which is when a gradient
    comes to what the forward returned.
-4. The loop does something else after its optimizer's step, for at least `ROOM` times as long as a batch takes to be read and
-   staged: then it is free when that step is done.
-5. A step that does not keep to a habit ends it, and twice as many in a row are wanted from then on, `MOST` in the end.
+4. The loop does something else after its optimizer's step, for at least as long as a batch takes to be read and staged where
+   nothing is in its way, which is the least of the last `LATEST`: then it is free when that step is done.
+5. A step that does not keep to a habit ends it, and twice as many in a row are wanted from then on, `MOST` in the end. `ENOUGH`
+   in a row that keep to it and it begins anew.
 6. Forwards whose result takes no gradient, an evaluation's for example, free the slot when they are done and count for nothing.
 7. Once a batch is asked for and no forward was run on the last one, slots are not kept any more.
 8. A graph that somebody keeps does not keep the buffer, and neither do the hooks on optimizers.
 """
 
+import collections
 import functools
+import math
 import threading
 import time
 import weakref
@@ -41,14 +44,14 @@ class Slot:
     """
 
     SOON = 0.005
-    ROOM = 1.25
+    LATEST = 16
 
     def __init__(self, free: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
         self.keep = True
         self._free = free
         self._clock = clock
         self._backward, self._pause = Habit(), Habit()
-        self._staging: float | None = None
+        self._staging: collections.deque[float] = collections.deque([math.inf], self.LATEST)
         self._batch = 0
         self._thread = 0
         self._in_forward = False
@@ -59,8 +62,7 @@ class Slot:
 
     def staged(self, seconds: float) -> None:
         """Note what a batch took to be read and staged. Called by its worker."""
-        before = seconds if self._staging is None else self._staging
-        self._staging = before + (seconds - before) / 4
+        self._staging.append(seconds)
 
     def asked(self) -> None:
         """Note that the next batch is asked for."""
@@ -68,9 +70,8 @@ class Slot:
             self.keep = False
         elif self._forward_at is not None:
             begun, stepped, now = self._backward_at, self._step_at, self._clock()
-            room = None if self._staging is None else self._staging * self.ROOM
             self._backward.note(begun is not None and begun - self._forward_at <= self.SOON)
-            self._pause.note(stepped is not None and room is not None and now - stepped >= room)
+            self._pause.note(stepped is not None and now - stepped >= min(self._staging.copy()))
         self._in_forward = False
         self._forward_at = self._backward_at = self._step_at = None
 
@@ -106,10 +107,11 @@ class Slot:
 
 
 class Habit:
-    """Something that steps do: `SEEN` of them in a row, and after each that did not twice as many, `MOST` in the end."""
+    """Something that steps do: see the contract above."""
 
     SEEN = 3
     MOST = 1000
+    ENOUGH = 64
 
     def __init__(self) -> None:
         self._wanted = self.SEEN
@@ -125,6 +127,8 @@ class Habit:
         if not did and self.holds:
             self._wanted = min(2 * self._wanted, self.MOST)
         self._seen = self._seen + 1 if did else 0
+        if self._seen >= self._wanted + self.ENOUGH:
+            self._wanted = self.SEEN
 
 
 def _nodes(result: Any) -> Iterator[Any]:

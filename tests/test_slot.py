@@ -115,7 +115,7 @@ def test_3_a_second_backward_through_the_graph_frees_nothing() -> None:
 
 
 def test_4_where_the_loop_pauses_it_is_free_when_the_optimizer_is_done() -> None:
-    assert settled(pause=0.0051).steps(5, pause=0.0051) == {"optimizer"}
+    assert settled(pause=0.0041).steps(5, pause=0.0041) == {"optimizer"}
 
 
 def test_4_also_where_backwards_come_late() -> None:
@@ -125,11 +125,20 @@ def test_4_also_where_backwards_come_late() -> None:
 
 
 def test_4_the_pause_has_to_be_longer_than_staging_a_batch() -> None:
-    assert settled(pause=0.0049).steps(5, pause=0.0049) == {"backward"}
-    loop = settled(pause=0.0051)
-    for _ in range(50):
+    assert settled(pause=0.0039).steps(5, pause=0.0039) == {"backward"}
+    loop = settled(pause=0.0041)
+    loop.slot.staged(1.0)  # something was in the way
+    assert loop.steps(2, pause=0.0041) == {"optimizer"}
+    for _ in range(Slot.LATEST):
         loop.slot.staged(0.005)  # batches have become larger
-    assert loop.steps(2, pause=0.0051) == {"backward"}
+    assert loop.steps(2, pause=0.0041) == {"backward"}
+
+
+def test_4_nothing_is_known_before_a_batch_was_staged() -> None:
+    loop = Loop()
+    loop.slot = Slot(loop.free, lambda: loop.now)
+    loop.steps(SEEN, pause=1.0)
+    assert loop.step(pause=1.0) == "backward"
 
 
 def test_4_an_optimizer_of_another_thread_does_not_count() -> None:
@@ -160,6 +169,15 @@ def test_5_without_the_pause_it_goes_back_to_the_backward() -> None:
     assert [loop.step(), loop.step()] == ["optimizer", "backward"]
     assert loop.steps(2 * SEEN, pause=1.0) == {"backward"}
     assert loop.step() == "optimizer"
+
+
+def test_5_after_enough_steps_it_begins_anew() -> None:
+    habit = Habit()
+    for did in [True] * 3 + [False] + [True] * (6 + Habit.ENOUGH) + [False] + [True] * 5:
+        habit.note(did)
+    assert not habit.holds
+    habit.note(True)
+    assert habit.holds
 
 
 def test_5_there_is_a_most() -> None:
@@ -255,7 +273,7 @@ def test_3_in_a_loop_the_next_batch_is_read_when_the_backward_begins(monkeypatch
 
 
 def test_4_in_a_loop_the_next_batch_is_read_when_the_optimizer_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Slot, "ROOM", 0.0)
+    monkeypatch.setattr(Slot, "staged", lambda slot, seconds: slot._staging.append(0.0))
     reads = Reads(20)
     staged, loader = torchstage.smart_stage(Linear(), reads, capacity=1, bypass=False)
     optimizer = torch.optim.SGD(staged.parameters(), lr=0.1)
