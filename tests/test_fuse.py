@@ -10,7 +10,7 @@ from torch import nn
 import torchstage
 from torchstage import ops
 from torchstage._memory import share_memory
-from torchstage._ops._columns import MOST_ROWS, hash_id_columns, hash_text_columns
+from torchstage._ops._columns import MOST_MATRIX_ROWS, MOST_ROWS, hash_id_columns, hash_text_columns
 from torchstage.transforms._fuse import fuse
 
 WORDS = ["", "a", "ab\0", "é", "user_1234567", "x" * 40, "y" * 90, b"bytes"]
@@ -38,6 +38,43 @@ def test_the_tensors_are_those_of_the_separate_calls(rows: int, buckets: list[in
         expected = [alone(column, count) for column, count in zip(columns, buckets, strict=True)]  # type: ignore[arg-type]
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert not share_memory(found)
+
+
+def matrix(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Rows of padded bytes, of all lengths up to the width; some have NUL bytes inside."""
+    generator = torch.Generator().manual_seed(seed)
+    filled = torch.randint(0, 256, (rows, width), generator=generator, dtype=torch.uint8)
+    lengths = torch.randint(0, width + 1, (rows, 1), generator=generator)
+    return filled * (torch.arange(width) < lengths)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300, MOST_MATRIX_ROWS, MOST_MATRIX_ROWS + 1])
+@pytest.mark.parametrize("widths", [[12, 13, 12], [8] * 40, [0, 0, 0], [0, 1, 7, 8, 9, 16, 17, 40, 70], [100, 3]])
+def test_matrices_of_bytes_give_the_tensors_of_the_separate_calls(rows: int, widths: list[int]) -> None:
+    columns = [matrix(rows, width, seed) for seed, width in enumerate(widths)]
+    counts = [10 + seed for seed in range(len(widths))]
+    before = [column.clone() for column in columns]
+    found = hash_text_columns(columns, counts)
+    expected = [ops.string_to_hash_bucket(column, count) for column, count in zip(columns, counts, strict=True)]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not share_memory(found)
+    assert all(map(torch.equal, columns, before))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [matrix(3, 8, 0), matrix(4, 8, 1)],
+        [matrix(3, 8, 0), matrix(24, 8, 1).view(3, 8, 8)],
+        [matrix(3, 8, 0), ["a", "b", "c"]],
+        [matrix(3, 8, 0).t(), matrix(8, 3, 1)],
+        [matrix(0, 8, 0), matrix(0, 8, 1)],
+    ],
+)
+def test_matrices_of_any_other_form_give_them_too(columns: list[Any]) -> None:
+    found = hash_text_columns(columns, [5] * len(columns))
+    expected = [ops.string_to_hash_bucket(column, 5) for column in columns]
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +112,9 @@ def test_ids_of_any_other_form_are_hashed_one_by_one(columns: list[torch.Tensor]
         ([["a"], ["b"]], [5, 0]),
         ([["a"], ["\ud800"]], [5, 5]),
         ([["a"], "b"], [5, 5]),
+        ([torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(3, 8)], [5, 5]),
+        ([torch.zeros(3, 8, dtype=torch.uint8), torch.tensor(3, dtype=torch.uint8)], [5, 5]),
+        ([torch.zeros(3, 8, dtype=torch.uint8)] * 2, [5, 0]),
     ],
 )
 def test_an_error_is_the_one_of_the_column_that_it_is_about(columns: list[Any], buckets: list[int]) -> None:

@@ -9,11 +9,14 @@ import torch
 from torchstage import ops
 from torchstage._ops._decimal import decimal_spans
 from torchstage._ops._fingerprint import fingerprint64, reduce_to_buckets
-from torchstage._ops._spans import Uint64s, blocks
+from torchstage._ops._spans import RowLayout, Uint64s, blocks
 from torchstage._ops._text import as_layout
 
 MOST_ROWS = 1024
 """Longer columns are hashed one by one: their bytes no longer fit the caches together, and the calls weigh little."""
+
+MOST_MATRIX_ROWS = 4096
+"""The same for columns of padded bytes, of which so many are joined that a call has at most twice as many rows."""
 
 
 def hash_text_columns(columns: Sequence[Any], buckets: Sequence[int]) -> list[torch.Tensor]:
@@ -51,8 +54,10 @@ def _hashed(columns: Sequence[Any], buckets: Sequence[int], joined: Any, alone: 
 
 
 def _of_text(columns: Sequence[Any]) -> Uint64s | None:
-    """Return the fingerprints of all columns, one after another; None if they are no short lists of one length."""
+    """Return the fingerprints of all columns, one after another; None if they are not short ones of one form and length."""
     first = columns[0]
+    if type(first) is torch.Tensor:
+        return _of_matrices(columns, len(first)) if _are_matrices(columns) else None
     if not all(type(column) is list and len(column) == len(first) for column in columns) or not _are_short(len(first)):
         return None
     if any(isinstance(column[0], list | tuple) for column in columns):
@@ -62,6 +67,36 @@ def _of_text(columns: Sequence[Any]) -> Uint64s | None:
     for begin, end in blocks(layout.count):
         hashes[begin:end] = fingerprint64(layout.spans(begin, end))
     return hashes
+
+
+def _are_matrices(columns: Sequence[Any]) -> bool:
+    """Whether all are matrices of padded bytes on the CPU, with as many rows each, and those are few."""
+    return all(
+        type(column) is torch.Tensor
+        and column.dtype is torch.uint8
+        and column.dim() == 2
+        and column.device.type == "cpu"
+        and 0 < len(column) == len(columns[0]) <= MOST_MATRIX_ROWS
+        for column in columns
+    )
+
+
+def _of_matrices(columns: Sequence[torch.Tensor], rows: int) -> Uint64s:
+    """Return the fingerprints of all columns; those that take as many words a row are hashed together."""
+    by_width: dict[int, list[int]] = {}
+    for position, column in enumerate(columns):
+        by_width.setdefault(-(-column.shape[1] // 8) * 8, []).append(position)
+    hashes = np.empty((len(columns), rows), np.uint64)
+    most = 2 * MOST_MATRIX_ROWS // rows
+    for width, positions in by_width.items():
+        for begin in range(0, len(positions), most):
+            chosen = positions[begin : begin + most]
+            matrix = np.zeros((len(chosen), rows, width), np.uint8)
+            for padded, position in zip(matrix, chosen, strict=True):
+                padded[:, : columns[position].shape[1]] = columns[position].detach().numpy()
+            layout = RowLayout((len(chosen), rows), matrix.reshape(len(chosen) * rows, width))
+            hashes[chosen] = fingerprint64(layout.spans(0, layout.count)).reshape(layout.shape)
+    return hashes.reshape(-1)
 
 
 def _of_ids(columns: Sequence[Any]) -> Uint64s | None:
