@@ -30,8 +30,8 @@ class Bypass:
 
     MARGIN = 0.05
     TRIALS = 3
-    FIRST = 200
-    OFF = 20
+    FIRST = 100
+    OFF = 40
     MOST = 20_000
 
     def __init__(self, lag: int, clock: Callable[[], float] = time.perf_counter) -> None:

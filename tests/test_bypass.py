@@ -52,7 +52,7 @@ def test_it_waits_until_no_other_trial_is_under_way() -> None:
 
 def test_staging_is_off_where_it_was_slower_again_and_again_and_on_again_where_it_is_not() -> None:
     job = Job()
-    job.run(2 * Bypass.FIRST, staged=2.0, plain=1.0)
+    job.run(4 * Bypass.FIRST, staged=2.0, plain=1.0)
     assert job.bypass.off
     ran = job.run(1000, staged=2.0, plain=1.0)
     assert all(ran)
@@ -63,7 +63,7 @@ def test_staging_is_off_where_it_was_slower_again_and_again_and_on_again_where_i
 
 def test_staging_that_is_off_is_tried_again_whatever_else_is_unsettled() -> None:
     job = Job()
-    job.run(2 * Bypass.FIRST, staged=2.0, plain=1.0)
+    job.run(4 * Bypass.FIRST, staged=2.0, plain=1.0)
     assert job.bypass.off
     job.run(2 * Bypass.OFF * Bypass.FIRST, staged=1.0, plain=2.0, settled=False)
     assert not job.bypass.off
