@@ -84,11 +84,14 @@ class ProcessStage:
             told = f"the stage runs in threads, not in a process of its own: {why}"
             self.recorder.warn_once("process", TorchstageWarning, told)
             return self._run(*inputs)
-        with self._lock:
-            self._idle.append(process)
-        if isinstance(answer, Exception):
-            raise answer
-        return list(process.made.read(answer, copy=True))
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            return list(process.made.read(answer, copy=True))
+        finally:
+            with self._lock:
+                if process in self._all:  # it was not ended meanwhile
+                    self._idle.append(process)  # only now: its next batch is written over what was just copied
 
     def close(self) -> None:
         """End the processes. The next call starts new ones."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 import torchstage
 from tests.support import Clicks, Words, assert_same_training, click_loader, word_batches
 from torchstage._mode import Ambient
+from torchstage._stage_process import Memory
 from torchstage.errors import StageProcessError, TorchstageWarning
 from torchstage.loaders._process import ProcessStage
 from torchstage.stats import Recorder
@@ -96,6 +98,32 @@ def test_3_batches_of_all_sizes_keep_their_values_while_they_wait() -> None:
     )
     assert loader.stats.staged_steps == 5
     loader.close()
+
+
+def test_3_a_process_gets_no_batch_before_the_last_one_is_copied_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [x * 2]
+
+    module = torch.fx.symbolic_trace(Doubled())
+    stage = ProcessStage(module, module.forward, Ambient.now(), Recorder("test"))
+    read, others = Memory.read, iter([torch.full((4,), 7.0)])
+
+    def read_late(memory: Memory, *args: Any, **kwargs: Any) -> Any:
+        for x in others:  # once: another thread's batch is staged from end to end before this one is copied
+            with ThreadPoolExecutor(1) as thread:
+                assert torch.equal(thread.submit(stage, x).result()[0], x * 2)
+        return read(memory, *args, **kwargs)
+
+    x = torch.arange(4.0)
+    try:
+        stage(x)
+        monkeypatch.setattr(Memory, "read", read_late)
+        assert torch.equal(stage(x)[0], x * 2)
+        assert next(others, None) is None
+        assert len(stage._all) == 2
+    finally:
+        stage.close()
 
 
 def test_3_text_goes_there_too() -> None:
