@@ -643,7 +643,7 @@ SIZES += [(name, *sizes) for name in OPTIMIZERS if name != "SGD" for sizes in ((
 @pytest.mark.parametrize(("name", "num_threads", "capacity"), SIZES)
 def test_200_steps_are_bit_equal(name: str, num_threads: int, capacity: int) -> None:
     sparse, row_local, make = OPTIMIZERS[name]
-    options: dict[str, Any] = {"num_threads": num_threads, "capacity": capacity, "lookups": "exact"}
+    options: dict[str, Any] = {"num_threads": num_threads, "capacity": capacity, "lookups": "exact", "bypass": False}
     staged, loader = torchstage.smart_stage(Long(sparse), long_data(), **options)
     assert_equal(long_plain(name), trained(staged, loader, make, epochs=1))
     for figures in loader.stats.tables.values():
