@@ -9,14 +9,14 @@ import torch
 from torchstage import ops
 from torchstage._ops._decimal import decimal_spans
 from torchstage._ops._fingerprint import fingerprint64, reduce_to_buckets
-from torchstage._ops._spans import RowLayout, Uint64s, blocks
+from torchstage._ops._spans import Layout, RowLayout, Uint64s
 from torchstage._ops._text import as_layout
 
-MOST_ROWS = 1024
-"""Longer columns are hashed one by one: their bytes no longer fit the caches together, and the calls weigh little."""
+AT_ONCE = 8192
+"""Rows that are hashed together at most: fewer are more calls, and more no longer fit the caches between two calls."""
 
-MOST_MATRIX_ROWS = 4096
-"""The same for columns of padded bytes, of which so many are joined that a call has at most twice as many rows."""
+MOST_ROWS = AT_ONCE // 2
+"""Longer columns are hashed one by one."""
 
 
 def hash_text_columns(columns: Sequence[Any], buckets: Sequence[int]) -> list[torch.Tensor]:
@@ -62,11 +62,17 @@ def _of_text(columns: Sequence[Any]) -> Uint64s | None:
         return None
     if any(isinstance(column[0], list | tuple) for column in columns):
         return None
-    layout = as_layout(columns)
-    hashes = np.empty(layout.count, np.uint64)
-    for begin, end in blocks(layout.count):
-        hashes[begin:end] = fingerprint64(layout.spans(begin, end))
-    return hashes
+    return np.concatenate([_fingerprints(as_layout(group)) for group in _groups(columns, len(first))])
+
+
+def _groups(columns: Sequence[Any], rows: int) -> list[Sequence[Any]]:
+    """Return the columns, of `rows` rows each, in groups that are hashed together."""
+    most = AT_ONCE // rows
+    return [columns[begin : begin + most] for begin in range(0, len(columns), most)]
+
+
+def _fingerprints(layout: Layout) -> Uint64s:
+    return fingerprint64(layout.spans(0, layout.count))
 
 
 def _are_matrices(columns: Sequence[Any]) -> bool:
@@ -76,7 +82,8 @@ def _are_matrices(columns: Sequence[Any]) -> bool:
         and column.dtype is torch.uint8
         and column.dim() == 2
         and column.device.type == "cpu"
-        and 0 < len(column) == len(columns[0]) <= MOST_MATRIX_ROWS
+        and _are_short(len(column))
+        and len(column) == len(columns[0])
         for column in columns
     )
 
@@ -87,15 +94,13 @@ def _of_matrices(columns: Sequence[torch.Tensor], rows: int) -> Uint64s:
     for position, column in enumerate(columns):
         by_width.setdefault(-(-column.shape[1] // 8) * 8, []).append(position)
     hashes = np.empty((len(columns), rows), np.uint64)
-    most = 2 * MOST_MATRIX_ROWS // rows
     for width, positions in by_width.items():
-        for begin in range(0, len(positions), most):
-            chosen = positions[begin : begin + most]
+        for chosen in _groups(positions, rows):
             matrix = np.zeros((len(chosen), rows, width), np.uint8)
             for padded, position in zip(matrix, chosen, strict=True):
                 padded[:, : columns[position].shape[1]] = columns[position].detach().numpy()
             layout = RowLayout((len(chosen), rows), matrix.reshape(len(chosen) * rows, width))
-            hashes[chosen] = fingerprint64(layout.spans(0, layout.count)).reshape(layout.shape)
+            hashes[chosen] = _fingerprints(layout).reshape(layout.shape)
     return hashes.reshape(-1)
 
 
@@ -109,11 +114,8 @@ def _of_ids(columns: Sequence[Any]) -> Uint64s | None:
             return None
         if column.device.type != "cpu":
             return None
-    values = torch.cat(list(columns)).numpy()
-    hashes = np.empty(values.size, np.uint64)
-    for begin, end in blocks(values.size):
-        hashes[begin:end] = fingerprint64(decimal_spans(values[begin:end]))
-    return hashes
+    joined = [torch.cat(list(group)).numpy() for group in _groups(columns, len(first))]
+    return np.concatenate([fingerprint64(decimal_spans(values)) for values in joined])
 
 
 def _are_short(rows: int) -> bool:

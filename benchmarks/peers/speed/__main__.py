@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers.speed                       # all that is installed; fifteen minutes
     python -m benchmarks.peers.speed --step sleep --only torchstage thread --rounds 5 --print
-    python -m benchmarks.peers.speed --page benchmarks/results/peers_speed_cpu2_2026-11-23.json    # page and picture again
+    python -m benchmarks.peers.speed --page benchmarks/results/peers_speed_cpu2_2026-11-24.json    # page and picture again
 
 Three files are written to ``benchmarks/results``: ``peers_speed_<machine>_<date>`` as ``.md``, ``.json`` and ``.svg``. A run
 fails if two runners have trained weights that differ in a bit. A runner whose package is missing is left out, with a line.
