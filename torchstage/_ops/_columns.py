@@ -9,14 +9,11 @@ import torch
 from torchstage import ops
 from torchstage._ops._decimal import decimal_spans
 from torchstage._ops._fingerprint import fingerprint64, reduce_to_buckets
-from torchstage._ops._spans import Layout, RowLayout, Uint64s
+from torchstage._ops._spans import BLOCK_ROWS, Layout, RowLayout, Uint64s
 from torchstage._ops._text import as_layout
 
-AT_ONCE = 8192
-"""Rows that are hashed together at most: fewer are more calls, and more no longer fit the caches between two calls."""
-
-MOST_ROWS = AT_ONCE // 2
-"""Longer columns are hashed one by one."""
+MOST_ROWS = BLOCK_ROWS // 2
+"""Longer columns are hashed one by one: two of them are more than a block."""
 
 
 def hash_text_columns(columns: Sequence[Any], buckets: Sequence[int]) -> list[torch.Tensor]:
@@ -66,8 +63,8 @@ def _of_text(columns: Sequence[Any]) -> Uint64s | None:
 
 
 def _groups(columns: Sequence[Any], rows: int) -> list[Sequence[Any]]:
-    """Return the columns, of `rows` rows each, in groups that are hashed together."""
-    most = AT_ONCE // rows
+    """Return the columns, of `rows` rows each, in groups of a block each."""
+    most = BLOCK_ROWS // rows
     return [columns[begin : begin + most] for begin in range(0, len(columns), most)]
 
 
