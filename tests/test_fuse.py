@@ -11,6 +11,7 @@ import torchstage
 from torchstage import ops
 from torchstage._memory import share_memory
 from torchstage._ops._columns import MOST_ROWS, hash_id_columns, hash_text_columns
+from torchstage._ops._spans import RowLayout
 from torchstage.transforms._fuse import fuse
 
 WORDS = ["", "a", "ab\0", "é", "user_1234567", "x" * 40, "y" * 90, b"bytes"]
@@ -59,6 +60,14 @@ def test_matrices_of_bytes_give_the_tensors_of_the_separate_calls(rows: int, wid
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not share_memory(found)
     assert all(map(torch.equal, columns, before))
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 16, 23, 64, 100])
+def test_the_length_of_a_row_is_where_its_padding_begins(width: int) -> None:
+    rows = torch.cat([matrix(500, width, 0), torch.zeros(3, width, dtype=torch.uint8), matrix(500, width, 1)]).numpy()
+    spans = RowLayout((len(rows),), rows).spans(2, len(rows) - 1)
+    assert spans.lengths.dtype == np.int64
+    assert spans.lengths.tolist() == [len(row.tobytes().rstrip(b"\0")) for row in rows[2:-1]]
 
 
 @pytest.mark.parametrize(

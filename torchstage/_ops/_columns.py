@@ -1,5 +1,10 @@
-"""Many short columns hashed at once: a call of NumPy costs the same for a column as for twenty."""
+"""Many short columns hashed at once: a call of NumPy costs the same for a column as for twenty.
 
+Each call that lets go of the interpreter lock takes it again at its end, and a training step that asks for it just then waits
+for what comes before the next such call. So no call here is made for each column.
+"""
+
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +14,7 @@ import torch
 from torchstage import ops
 from torchstage._ops._decimal import decimal_spans
 from torchstage._ops._fingerprint import fingerprint64, reduce_to_buckets
-from torchstage._ops._spans import BLOCK_ROWS, Layout, RowLayout, Uint64s
+from torchstage._ops._spans import BLOCK_ROWS, Bytes, Layout, RowLayout, Uint64s
 from torchstage._ops._text import as_layout
 
 MOST_ROWS = BLOCK_ROWS // 2
@@ -45,21 +50,24 @@ def _hashed(columns: Sequence[Any], buckets: Sequence[int], joined: Any, alone: 
         hashes = None
     if hashes is None or not all(type(count) is int and 0 < count < 1 << 63 for count in buckets):
         return [alone(column, count) for column, count in zip(columns, buckets, strict=True)]
-    size = len(hashes) // len(columns)
-    parts = [hashes[first : first + size].copy() for first in range(0, len(hashes), size)]
-    return [torch.from_numpy(reduce_to_buckets(part, count)) for part, count in zip(parts, buckets, strict=True)]
+    if len(set(buckets)) == 1:
+        reduced = reduce_to_buckets(hashes, buckets[0])
+    else:
+        reduced = np.remainder(hashes, np.array(buckets, np.uint64)[:, None]).view(np.int64)
+    return [torch.from_numpy(column) for column in reduced]
 
 
 def _of_text(columns: Sequence[Any]) -> Uint64s | None:
-    """Return the fingerprints of all columns, one after another; None if they are not short ones of one form and length."""
+    """Return the fingerprints [columns, rows]; None if the columns are not short ones of one form and length."""
     first = columns[0]
     if type(first) is torch.Tensor:
-        return _of_matrices(columns, len(first)) if _are_matrices(columns) else None
+        return _of_matrices(columns) if _are_matrices(columns) else None
     if not all(type(column) is list and len(column) == len(first) for column in columns) or not _are_short(len(first)):
         return None
     if any(isinstance(column[0], list | tuple) for column in columns):
         return None
-    return np.concatenate([_fingerprints(as_layout(group)) for group in _groups(columns, len(first))])
+    hashes = [_fingerprints(as_layout(group)) for group in _groups(columns, len(first))]
+    return _joined(hashes).reshape(len(columns), len(first))
 
 
 def _groups(columns: Sequence[Any], rows: int) -> list[Sequence[Any]]:
@@ -74,35 +82,41 @@ def _fingerprints(layout: Layout) -> Uint64s:
 
 def _are_matrices(columns: Sequence[Any]) -> bool:
     """Whether all are matrices of padded bytes on the CPU, with as many rows each, and those are few."""
-    return all(
-        type(column) is torch.Tensor
-        and column.dtype is torch.uint8
-        and column.dim() == 2
-        and column.device.type == "cpu"
-        and _are_short(len(column))
-        and len(column) == len(columns[0])
-        for column in columns
-    )
+    if not all(type(column) is torch.Tensor and column.dtype is torch.uint8 and column.is_cpu for column in columns):
+        return False
+    shapes = {column.shape[:-1] for column in columns}
+    return len(shapes) == 1 and len(columns[0].shape) == 2 and _are_short(columns[0].shape[0])
 
 
-def _of_matrices(columns: Sequence[torch.Tensor], rows: int) -> Uint64s:
-    """Return the fingerprints of all columns; those that take as many words a row are hashed together."""
-    by_width: dict[int, list[int]] = {}
-    for position, column in enumerate(columns):
-        by_width.setdefault(-(-column.shape[1] // 8) * 8, []).append(position)
+def _of_matrices(columns: Sequence[torch.Tensor]) -> Uint64s:
+    """Return the fingerprints [columns, rows]; columns that take as many words a row are hashed together."""
+    rows, widths = columns[0].shape[0], [column.shape[1] for column in columns]
+    by_words: dict[int, list[int]] = {}
+    for position in sorted(range(len(columns)), key=widths.__getitem__):
+        by_words.setdefault(-(-widths[position] // 8), []).append(position)
     hashes = np.empty((len(columns), rows), np.uint64)
-    for width, positions in by_width.items():
+    for words, positions in by_words.items():
         for chosen in _groups(positions, rows):
-            matrix = np.zeros((len(chosen), rows, width), np.uint8)
-            for padded, position in zip(matrix, chosen, strict=True):
-                padded[:, : columns[position].shape[1]] = columns[position].detach().numpy()
-            layout = RowLayout((len(chosen), rows), matrix.reshape(len(chosen) * rows, width))
+            matrix = _padded([columns[position] for position in chosen], 8 * words)
+            layout = RowLayout((len(chosen), rows), matrix.reshape(len(chosen) * rows, 8 * words))
             hashes[chosen] = _fingerprints(layout).reshape(layout.shape)
-    return hashes.reshape(-1)
+    return hashes
+
+
+def _padded(columns: Sequence[torch.Tensor], width: int) -> Bytes:
+    """Return matrices of bytes, ordered by width, as one array [columns, rows, width] with zeros on the right."""
+    padded = torch.zeros(len(columns), columns[0].shape[0], width, dtype=torch.uint8)
+    begin = 0
+    for narrow, group in itertools.groupby(columns, lambda column: column.shape[1]):
+        alike = list(group)
+        torch.stack(alike, out=padded[begin : begin + len(alike), :, :narrow])
+        begin += len(alike)
+    filled: Bytes = padded.numpy()
+    return filled
 
 
 def _of_ids(columns: Sequence[Any]) -> Uint64s | None:
-    """Return the fingerprints of all columns, one after another; None if they are no short int64 vectors of one length."""
+    """Return the fingerprints [columns, rows]; None if the columns are no short int64 vectors of one length."""
     first = columns[0]
     if type(first) is not torch.Tensor or first.dim() != 1 or not _are_short(len(first)):
         return None
@@ -112,7 +126,11 @@ def _of_ids(columns: Sequence[Any]) -> Uint64s | None:
         if column.device.type != "cpu":
             return None
     joined = [torch.cat(list(group)).numpy() for group in _groups(columns, len(first))]
-    return np.concatenate([fingerprint64(decimal_spans(values)) for values in joined])
+    return _joined([fingerprint64(decimal_spans(values)) for values in joined]).reshape(len(columns), len(first))
+
+
+def _joined(hashes: Sequence[Uint64s]) -> Uint64s:
+    return hashes[0] if len(hashes) == 1 else np.concatenate(hashes)
 
 
 def _are_short(rows: int) -> bool:

@@ -57,11 +57,11 @@ class GatherReader:
     @property
     def length(self) -> Word:
         """Number of bytes of each string."""
-        return self.spans.lengths.astype(np.uint64)
+        return self.spans.lengths.view(np.uint64)
 
     def head(self, offset: int, code: str = "<u8") -> Uint64s:
         """Fetch the word that begins `offset` bytes behind the start of each string, as an array of the caller's."""
-        return self._fetch(self.spans.starts + offset, code)
+        return self._fetch(self.spans.starts + offset if offset else self.spans.starts, code)
 
     def tail(self, offset: int, code: str = "<u8") -> Uint64s:
         """Fetch the word that begins `offset` bytes before the end of each string."""
