@@ -65,6 +65,22 @@ def test_every_part_begins_where_wide_vectors_may() -> None:
     assert packing.nbytes == ALIGNMENT * 5
     column = pack([torch.zeros(100)[17:]])  # 68 bytes into its storage: 4 beyond a boundary there, and here too
     assert [piece.start for piece in column.slices] == [4]
+    apart = pack(
+        [torch.zeros(100)[17:], torch.zeros(8, 8)[1:, :3]], apart=2
+    )  # moved by itself it begins where memory does
+    assert [piece.start % ALIGNMENT for piece in apart.slices] == [0, 0]
+
+
+def test_on_the_host_a_tensor_that_is_alone_is_made_without_an_operation_of_torch() -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = [torch.arange(5), base.clone(), base.t(), torch.tensor(2.0), torch.ones(3, dtype=torch.bool)]
+    half = torch.ones(3, dtype=torch.bfloat16)  # NumPy has none
+    found = carried([*tensors, half, half.view(-1)])
+    assert_same(found, [*tensors, half, half])
+    memory = {tensor.untyped_storage().data_ptr() for tensor in found[len(tensors) :]}
+    assert len(memory) == 1
+    found[0].add_(1)
+    assert [tensor._version for tensor in found[:2]] == [1, 0]
 
 
 def test_values_that_share_memory_share_it_again_and_are_sent_once() -> None:
