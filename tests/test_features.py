@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import torchstage
 from tests.support import Clicks, Scale, assert_same, click_data, click_loader, numbers
 from torchstage import StagedDataLoader, smart_stage
+from torchstage._mode import Ambient
 from torchstage.errors import FallbackWarning
 
 Train = Callable[[Any, Any], list[torch.Tensor]]
@@ -171,6 +172,59 @@ def test_autocast_around_the_step(dtype: torch.dtype, cache: bool) -> None:
     loader = assert_same_steps(train, staged_steps=None)
     assert loader.stats.staged_steps > 0
     assert set(loader.stats.fallbacks) == {"autocast state"}
+
+
+def test_a_worker_leaves_the_training_threads_cache_of_casts_alone() -> None:
+    """A weight that is used twice in a forward is cast once, and its gradients are added in the narrow dtype."""
+    layer, x = nn.Linear(64, 64), torch.randn(512, 64)
+    ambient = torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def gradient(between: Callable[[], None]) -> torch.Tensor:
+        layer.zero_grad()
+        with ambient:
+            first = layer(x)
+            between()
+            second = layer(x * 0.37)
+        (first.float().square().sum() + second.float().exp().sum()).backward()
+        assert layer.weight.grad is not None
+        return layer.weight.grad.clone()
+
+    def stage() -> None:
+        settings = Ambient.now()
+
+        def work() -> None:
+            with settings.entered():
+                assert torch.is_autocast_enabled("cpu")
+                assert (x @ x.t()).dtype is torch.bfloat16
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    plain = gradient(lambda: None)
+    assert torch.equal(gradient(stage), plain)
+    assert not torch.equal(gradient(torch.clear_autocast_cache), plain)  # it would have been noticed
+
+
+def test_precision_set_in_torchs_other_way_is_followed() -> None:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch knows one way only")
+
+    def train(model: Any, loader: Any) -> list[torch.Tensor]:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            return steps(model, loader)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "none"
+
+    before = Ambient.now()
+    assert_same_steps(train)
+    assert Ambient.now() == before
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert before.differs(Ambient.now()) is not None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("bad_step", [None, 5])

@@ -41,27 +41,32 @@ class Ambient(NamedTuple):
                 torch._C._get_mem_efficient_sdp_enabled(),
                 torch._C._get_mkldnn_enabled(),
                 torch._C._get_deterministic_algorithms(),
-                torch.get_float32_matmul_precision(),
+                _matmul_precision(),
                 torch.backends.mha.get_fastpath_enabled(),
             ),
         )
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Set a thread of the stage, which has no settings of its own, to these, but for two.
+        """Set a thread of the stage, which has no settings of its own, to these, but for three.
 
-        Grad mode is off, since a stage never records gradients. The number of intra-op threads stays, since it cannot
-        be set for one thread and taken back cheaply; `torchstage._threads` sets it once for each thread that stages.
+        Grad mode is off, since a stage never records gradients, and autocast keeps no casts, which would record none for the
+        training thread either. The number of intra-op threads stays, since it cannot be set for one thread and taken back
+        cheaply; `torchstage._threads` sets it once for each thread that stages.
         """
         with torch.no_grad():
             if self.device is None and self.autocast == _NO_AUTOCAST:
                 yield
                 return
             with contextlib.ExitStack() as stack:
+                # The outermost autocast of a thread clears the cache of casts at its end, and that cache is the process's: the
+                # training thread would cast a weight twice in one forward, and add its gradients in another dtype.
+                stack.callback(torch.autocast_decrement_nesting)
+                torch.autocast_increment_nesting()
                 for setting in self.autocast:
                     if setting is not None:
                         device, dtype = setting
-                        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=self.autocast_cache))
+                        stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
                 if self.device is not None:
                     stack.enter_context(self.device)
                 yield
@@ -91,11 +96,20 @@ class Mode(NamedTuple):
         return self.ambient.differs(other.ambient)
 
 
+def _matmul_precision() -> Any:
+    """Return how float32 is multiplied, whichever of torch's two ways it was set in."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by `torch.backends.*.fp32_precision`, which that function does not read
+        return tuple([torch._C._get_fp32_precision_getter(backend, op) for backend, op in _PRECISIONS])
+
+
 def _autocast(device: str) -> tuple[str, torch.dtype] | None:
     return (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
 
 
 _NO_AUTOCAST = (None, None)
+_PRECISIONS = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")]
 _WORDS = {
     "grad": "grad mode",
     "inference": "inference mode",
