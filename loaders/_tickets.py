@@ -65,14 +65,15 @@ class Ticket:
         self._versions = states_of(parts) if reads is None else reads
         self._values = parts.run_stage(leaves, given)
         self._rows = parts.gather(leaves, self._values)
-        self._value_versions = [(v, version_of(v)) for v in self._values if isinstance(v, torch.Tensor)]
+        leaves = _leaves_of(self._values)
+        self._value_versions = [(leaf, version_of(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._given = {memory for value, _ in self._value_versions for memory in memories_of(value)}
-        self._fragile = not all(isinstance(value, _LASTING) for value in self._values)
+        self._fragile = not all(isinstance(leaf, _LASTING) for leaf in leaves)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the staged values."""
-        return bytes_of(self._values)
+        return bytes_of(_leaves_of(self._values))
 
     @property
     def values(self) -> Sequence[Any]:
@@ -123,7 +124,8 @@ class Ticket:
         result, given = parts.run_main(leaves, self._values, self._rows if rows is None else rows, call)
         # The plain forward makes its values anew in every call, so what the caller got hold of is not used twice.
         if self._fragile or any(
-            isinstance(leaf, torch.Tensor) and not self._given.isdisjoint(memories_of(leaf)) for leaf in given
+            isinstance(leaf, torch.Tensor) and not self._given.isdisjoint(memories_of(leaf))
+            for leaf in _leaves_of(given)
         ):
             self.flaw = USED
         return result
@@ -153,6 +155,17 @@ class Ticket:
             if known != leaf and self.staging.parts is not None and position not in self.staging.parts.unused:
                 return False
         return True
+
+
+def _leaves_of(values: Sequence[Any]) -> list[Any]:
+    """Return staged values, with what is in a tuple, of `chunk` or `sort` say, in its place; a list is there beside its own."""
+    leaves: list[Any] = []
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            leaves += _leaves_of(value)
+        if not isinstance(value, tuple):
+            leaves.append(value)
+    return leaves
 
 
 def states_of(parts: Parts) -> Reads:
@@ -239,4 +252,4 @@ def _is_weak(leaf: object) -> bool:
 
 USED = "staged value given away by an earlier call"
 # What a forward cannot change in place, but for tensors, whose version tells.
-_LASTING = (torch.Tensor, int, float, str, bytes, tuple, type(None), torch.dtype, torch.device)
+_LASTING = (torch.Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device)

@@ -609,6 +609,25 @@ def test_a_staged_value_that_a_call_gave_away_is_not_given_again() -> None:
     assert torch.equal(second, x > 0)
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [lambda x: x.exp().chunk(2, 1), lambda x: torch.sort(x, 1), lambda x: [x.exp(), x + 1]],
+    ids=["tuple", "named", "list"],
+)
+def test_what_is_inside_a_staged_value_is_not_given_again(pieces: Callable[[torch.Tensor], Any]) -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return self.lin(self.pre(x)), pieces(x)
+
+    staged, loader = torchstage.smart_stage(model(forward), batches(1))
+    x = next(iter(loader))
+    _, first = staged(x)
+    assert loader.stats.staged_steps == 1
+    with pytest.warns(torchstage.errors.FallbackWarning, match="staged value given away by an earlier call"):
+        _, second = staged(x)
+    first[0].fill_(-1)
+    assert torch.equal(second[0], pieces(x)[0])
+
+
 def test_what_a_loader_pinned_to_its_tensors_travels() -> None:
     def make() -> Any:
         for i, x in enumerate(batches()):
