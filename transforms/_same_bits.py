@@ -4,7 +4,9 @@ Known are those that move, select, compare or count, that work on whole numbers,
 is rounded once. Not among them, for reasons that lie in the kernels:
 
 - functions such as exp and log, whose last bit each library rounds its own way, and sums of floats, whose order differs;
-- a division by a Python number, which CUDA turns into a product with its reciprocal, unless that is a power of two;
+- a division by a number (a Python number, a size, a tensor of one element on the host), which CUDA turns into a product with
+  its reciprocal, unless that is a power of two;
+- the larger and the smaller of two floats, ``relu`` and ``clamp`` among them, since of 0.0 and -0.0 either may come out;
 - casts of floats to whole numbers, which differ where the number does not fit, and divisions of whole numbers by a tensor,
   which may hold a zero;
 - which of equal elements comes first: an unstable sort, ``argmax``, ``topk``, the indices of ``max``.
@@ -45,7 +47,7 @@ def has_same_bits(node: torch.fx.Node, value: Any, taken: Sequence[Any]) -> bool
     if any(tensor.dtype in _HALF for tensor in _tensors([value, *taken])):
         return False  # kernels differ in which of a number and a half they widen first
     if name in ("div", "divide", "true_divide", "truediv"):
-        return _is_true_division_exact(node)
+        return _is_true_division_exact(node, taken)
     if name in ("add", "sub", "subtract"):
         return bool(node.kwargs.get("alpha", 1) == 1) and len(node.args) <= 2
     if name in ("sort", "argsort"):
@@ -63,11 +65,12 @@ def _name_of(node: torch.fx.Node) -> str:
     return name.strip("_")
 
 
-def _is_true_division_exact(node: torch.fx.Node) -> bool:
+def _is_true_division_exact(node: torch.fx.Node, taken: Sequence[Any]) -> bool:
     if node.kwargs.get("rounding_mode") is not None or len(node.args) != 2:
         return False
     if isinstance(node.args[1], torch.fx.Node):
-        return True
+        divisor = taken[node.all_input_nodes.index(node.args[1])]
+        return isinstance(divisor, torch.Tensor) and (divisor.dim() > 0 or divisor.device.type != "cpu")
     number = _divisor(node)
     return number is not None and abs(math.frexp(number)[0]) == 0.5
 
@@ -113,10 +116,10 @@ _COMPARES = frozenset(
 )
 _WHOLE_ONLY = frozenset(
     "sum cumsum prod cumprod bitwise_and bitwise_or bitwise_xor bitwise_not and or xor invert lshift rshift "
-    "bitwise_left_shift bitwise_right_shift arange pow square bincount".split()
+    "bitwise_left_shift bitwise_right_shift arange pow square bincount "
+    "minimum maximum clamp clip clamp_min clamp_max relu amin amax".split()
 )
 _BY_NUMBER = frozenset("mod remainder fmod floor_divide floordiv".split())
 _ROUNDED_ONCE = frozenset(
-    "mul multiply neg negative pos abs absolute sqrt reciprocal minimum maximum clamp clip clamp_min clamp_max relu sign floor "
-    "ceil trunc round amax amin".split()
+    "mul multiply neg negative pos abs absolute sqrt reciprocal sign floor ceil trunc round".split()
 )
