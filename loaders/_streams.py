@@ -15,24 +15,27 @@ T = TypeVar("T")
 
 
 class Streams(NamedTuple):
-    """The states of the three global streams of random numbers, each as its library gives it.
+    """The states of the global streams of random numbers, each as its library gives it.
 
     Attributes:
         torch: of ``torch.default_generator`` (the CPU's): ``uint8``, one dimension.
         numpy: of ``numpy.random``; None if the user put another kind of generator there.
         python: of ``random``.
+        cuda: of each GPU, once CUDA is in use, as ``torch``. Not saved: what reads a batch may draw there, a sampler does not.
     """
 
     torch: torch.Tensor
     numpy: tuple[Any, ...] | None
     python: tuple[Any, ...]
+    cuda: tuple[torch.Tensor, ...] = ()
 
     @classmethod
     def now(cls) -> "Streams":
         """Return the states now. Draws nothing."""
         numpy: Any = np.random.get_state(legacy=True)
         known = isinstance(numpy, tuple) and numpy[0] == "MT19937"
-        return cls(torch.default_generator.get_state(), numpy if known else None, random.getstate())
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return cls(torch.default_generator.get_state(), numpy if known else None, random.getstate(), cuda)
 
     def restore(self) -> None:
         """Put the streams back into these states."""
@@ -40,6 +43,8 @@ class Streams(NamedTuple):
         if self.numpy is not None:
             np.random.set_state(self.numpy)
         random.setstate(self.python)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
 
     def moved(self, later: "Streams") -> tuple[str, ...]:
         """Return the names of the streams that were drawn from between these states and ``later``."""
@@ -48,6 +53,7 @@ class Streams(NamedTuple):
             "numpy": (self.numpy is None) == (later.numpy is None)
             and (self.numpy is None or later.numpy is None or _same_numpy(self.numpy, later.numpy)),
             "random": self.python == later.python,
+            "cuda": len(self.cuda) != len(later.cuda) or all(map(torch.equal, self.cuda, later.cuda)),
         }
         return tuple([name for name, equal in same.items() if not equal])
 
@@ -147,7 +153,7 @@ class ReadOrder:
         """Why the loader is not read ahead, and what would help; empty if it is, or is not known not to be."""
         if self.ahead is not False:
             return ""
-        names = {"torch": "torch", "numpy": "NumPy", "random": "Python's random"}
+        names = {"torch": "torch", "numpy": "NumPy", "random": "Python's random", "cuda": "CUDA"}
         streams = " and ".join(names[name] for name in self.drawn)
         return (
             f"reading a batch draws from the global random stream of {streams}, as steps may do: so each batch is read when "

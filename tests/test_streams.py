@@ -191,6 +191,21 @@ def test_the_streams_are_told_apart_and_put_back() -> None:
         before.restore()
 
 
+def test_draws_on_a_gpu_count_once_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.zeros(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)]  # stand for those of two GPUs
+    before = Streams.now()
+    assert before.cuda == ()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda new: states.__setitem__(slice(None), list(new)))
+    begun = Streams.now()
+    assert before.moved(begun) == ()  # it came into use between the two
+    states[1] += 1
+    assert begun.moved(Streams.now()) == ("cuda",)
+    begun.restore()
+    assert begun.moved(Streams.now()) == ()
+
+
 def test_states_of_streams_survive_a_file_without_pickled_code(tmp_path: Any) -> None:
     random.gauss(0, 1)  # leaves a second number behind
     np.random.standard_normal()
