@@ -28,6 +28,7 @@ class Settings:
         rounds: how often each loop gets its turn; one more, the first, does not count. Many short turns tell more than few long
             ones: a neighbour in time is a better comparison on a machine whose speed drifts.
         seconds: of a turn, about.
+        fewest: steps of a turn, however long they take: a trial of a few steps must not be most of a turn.
         settle: steps before the first round, in which the library makes its choices.
         distinct: batches that are passed over again and again.
     """
@@ -37,6 +38,7 @@ class Settings:
     capacity: int = 2
     rounds: int = 25
     seconds: float = 0.5
+    fewest: int = 8
     settle: int = 60
     distinct: int = 64
 
@@ -189,8 +191,9 @@ def measure(recipe: Recipe, names: Sequence[str], settings: Settings) -> Measure
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as closing:
         loops = [closing.enter_context(contextlib.closing(Loop(recipe, rows, name, settings))) for name in names]
-        alone = [turn(loop, settings.settle, 0) for loop in loops]
-        steps = max(4, round(settings.seconds / alone[0]))
+        # What is timed comes after the first steps, in which an accelerator's kernels are loaded.
+        alone = [turn(loop, settings.settle // 2, settings.settle - settings.settle // 2) for loop in loops]
+        steps = max(settings.fewest, round(settings.seconds / alone[0]))
         for number in range(settings.rounds + 1):
             for loop in loops[:: -1 if number % 2 else 1]:
                 time_per_step = turn(loop, steps, settings.warmup)

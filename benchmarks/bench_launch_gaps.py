@@ -27,19 +27,24 @@ LONG = 100e-6
 
 
 def gaps(events: Sequence[Any], thread: int, on_gpu: bool) -> list[float]:
-    """Return the seconds between neighbouring launches of a thread.
+    """Return the seconds between neighbouring launches of a step.
 
     Args:
         events: of the profiler.
-        thread: the profiler's number of the thread.
+        thread: the profiler's number of the training thread. The thread in which autograd launches an accelerator's backward
+            takes turns with it, so the two are one here.
         on_gpu: whether launches of kernels count, or operations that call no other.
     """
-    if on_gpu:
-        launches = [e for e in events if e.thread == thread and e.name.startswith(("cudaLaunch", "cuLaunch"))]
-    else:
-        launches = [e for e in events if e.thread == thread and not e.cpu_children and e.name.startswith("aten::")]
+    threads = {thread} | {e.thread for e in events if e.name.startswith("autograd::engine::")}
+    launches = [e for e in events if e.thread in threads and _is_launch(e, on_gpu)]
     spans = sorted((e.time_range.start, e.time_range.end) for e in launches)
     return [max(after[0] - before[1], 0.0) / 1e6 for before, after in itertools.pairwise(spans)]
+
+
+def _is_launch(event: Any, on_gpu: bool) -> bool:
+    if on_gpu:
+        return bool(event.name.startswith(("cudaLaunch", "cuLaunch")))
+    return not event.cpu_children and bool(event.name.startswith("aten::"))
 
 
 def measure(loop: Loop, steps: int) -> list[float]:

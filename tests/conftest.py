@@ -79,6 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--simulated", action="store_true", help=text)
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` and `-k` have left out what nobody asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests on the simulated accelerator to a process of their own.
 

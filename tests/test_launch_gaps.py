@@ -34,6 +34,16 @@ def test_on_a_gpu_they_are_between_launches() -> None:
     assert gaps(events, 1, on_gpu=True) == [pytest.approx(7e-6), 0.0]
 
 
+def test_the_thread_of_an_accelerators_backward_takes_turns_with_the_training_thread() -> None:
+    events = [
+        event("cudaLaunchKernel", 0, 1),
+        event("autograd::engine::evaluate_function: AddmmBackward0", 2, 9, thread=3),
+    ]
+    events += [event("cudaLaunchKernel", 3, 4, thread=3), event("cudaLaunchKernel", 5, 7, thread=3)]
+    events += [event("cudaLaunchKernel", 11, 12), event("cudaLaunchKernel", 4, 5, thread=7)]
+    assert gaps(events, 1, on_gpu=True) == [pytest.approx(seconds * 1e-6) for seconds in (2, 1, 4)]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 def test_it_measures_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bench_launch_gaps", "--model", "DeepFM", "--rounds", "1", "--steps", "2"])

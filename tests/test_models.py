@@ -74,6 +74,16 @@ def assert_same_training(recipe: Recipe, rows: Rows, **options: Any) -> torchsta
     return loader
 
 
+def repeats_itself(recipe: Recipe, rows: Rows) -> bool:
+    """Whether two plain runs have the same bits: cuDNN's recurrent layers, for one, may add in another order each time."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = recipe.build()
+        runs.append(train(recipe, model, model, rows.loader()))
+    return all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize("on_cpu", [None, True, False])
 @every_model
 def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
@@ -83,6 +93,8 @@ def test_a_staged_run_on_an_accelerator_has_the_bits_of_the_plain_one(
 
     recipe = dataclasses.replace(made, build=lambda: made.build().to(device))
     rows = recipe.rows(2 * BATCH + LAST, seed=1, epochs=1, batch_size=BATCH)
+    if device.type == "cuda" and not repeats_itself(recipe, rows):
+        pytest.skip(f"{name} does not repeat its own numbers on this GPU, staged or not")
     loader = assert_same_training(recipe, rows, stage_subgraph_on_cpu=on_cpu, bypass=False, num_threads=2, capacity=2)
     assert loader.plan is not None
     assert "string_to_hash_bucket" in {n.target for n in loader.plan.lifted if n.name in loader.plan.on_host}
