@@ -167,7 +167,7 @@ def _storage(tensor: torch.Tensor) -> int:
 def _bytes_of_storage(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     if stop - start == tensor.nbytes and tensor.dtype in _NUMPY and tensor.is_contiguous() and not tensor.requires_grad:
         return torch.from_numpy(tensor.numpy().reshape(-1).view(np.uint8))
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     return memory.set_(tensor.untyped_storage(), start, (stop - start,), (1,))
 
 
@@ -176,7 +176,7 @@ def _aligned(offset: int) -> int:
 
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    dtype: torch.empty(0, dtype=dtype).numpy().dtype
+    dtype: torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     for dtype in (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),

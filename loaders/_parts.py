@@ -22,6 +22,7 @@ from torchstage.options import SmartStageOptions
 from torchstage.stats import Recorder
 from torchstage.transforms._captured import Capture
 from torchstage.transforms._effects import Kind, effect_of
+from torchstage.transforms._fuse import fuse
 from torchstage.transforms._lift import Ahead
 from torchstage.transforms._verdicts import input_position
 
@@ -90,7 +91,9 @@ class Parts(abc.ABC):
         self._leaf_count = capture.in_spec.num_leaves
         self._ambient = mode.ambient
         self._ahead = ahead
-        self._stage = executor(ahead.stage.module, mode.ambient, options, recorder)
+        stage = ahead.stage.module
+        # What runs on an accelerator is only launched here; another process has not got its memory.
+        self._stage = executor(stage, mode.ambient, options, recorder) if device is None else fuse(stage).forward
         self.moved: tuple[bool, ...] = () if ahead.host is None else ahead.host.moved
         self._host: HostStage | None = (
             None if ahead.host is None else HostStage(ahead.host, mode.ambient, options, recorder)

@@ -310,7 +310,7 @@ def _sample_weights(lookup: Lookup, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _without(count: int, some: torch.Tensor, start: int) -> int:
     """Return a position among ``count`` that is not among ``some``, int64 [K]; -1 if there is none."""
-    others = torch.ones(count, dtype=torch.bool).index_fill_(0, some, False).nonzero()
+    others = torch.ones(count, dtype=torch.bool, device="cpu").index_fill_(0, some, False).nonzero()
     return int(others[start % len(others)]) if len(others) else -1
 
 

@@ -336,7 +336,7 @@ _BAD_CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: pack_strings(torch.empty(2, 3, dtype=torch.uint8, device="meta")),
         ValueError,
-        r"on the CPU, not on meta;",
+        r"strings must have contents, which a tensor on the meta device has not",
     ),
     (
         lambda: pack_strings([["a"]]),

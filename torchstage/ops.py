@@ -89,7 +89,8 @@ def string_to_hash_bucket(strings: object, num_buckets: int) -> torch.Tensor:
             a torch.uint8 tensor [..., width], each row zero-padded on the right: shape [...];
             a PackedStrings of N strings: shape [N].
             Zero bytes at the end of a row of a uint8 tensor, or of an element of an S or U array, are padding: a string
-            that ends with a NUL byte needs another form.
+            that ends with a NUL byte needs another form. Tensors on an accelerator are copied to the host, which waits for
+            them; what is made of text is on the host.
         num_buckets: Number of buckets, from 1 to 2**63 - 1.
 
     Returns:
@@ -97,8 +98,8 @@ def string_to_hash_bucket(strings: object, num_buckets: int) -> torch.Tensor:
 
     Raises:
         TypeError: if `strings`, one of its elements or `num_buckets` has a wrong type, or an element is None.
-        ValueError: if `num_buckets` is out of range, a nested list is ragged, a tensor is not on the CPU, the offsets
-            of a PackedStrings do not fit its data, or a str has no UTF-8 form.
+        ValueError: if `num_buckets` is out of range, a nested list is ragged, the offsets of a PackedStrings do not fit its
+            data, or a str has no UTF-8 form.
     """
     count = _checked_bucket_count(num_buckets)
     layout = as_layout(strings)
@@ -127,7 +128,7 @@ def hash_bucket(ids: torch.Tensor, num_buckets: int) -> torch.Tensor:
         raise TypeError(f"ids must be an integer tensor, not {type(ids).__name__}; for text use string_to_hash_bucket")
     if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex:
         raise TypeError(f"ids must be an integer tensor, not {ids.dtype}; convert it, for instance with ids.long()")
-    flat = cpu_array("ids", ids.cpu()).reshape(-1)
+    flat = cpu_array("ids", ids).reshape(-1)
     buckets = np.empty(flat.size, np.int64)
     for first, last in blocks(flat.size):
         buckets[first:last] = reduce_to_buckets(fingerprint64(decimal_spans(flat[first:last])), count)

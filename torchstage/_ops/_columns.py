@@ -105,7 +105,7 @@ def _of_matrices(columns: Sequence[torch.Tensor]) -> Uint64s:
 
 def _padded(columns: Sequence[torch.Tensor], width: int) -> Bytes:
     """Return matrices of bytes, ordered by width, as one array [columns, rows, width] with zeros on the right."""
-    padded = torch.zeros(len(columns), columns[0].shape[0], width, dtype=torch.uint8)
+    padded = torch.zeros(len(columns), columns[0].shape[0], width, dtype=torch.uint8, device="cpu")
     begin = 0
     for narrow, group in itertools.groupby(columns, lambda column: column.shape[1]):
         alike = list(group)

@@ -124,10 +124,10 @@ def _from_tensor(strings: torch.Tensor) -> RowLayout:
 
 
 def cpu_array(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """View a CPU tensor as an array, or raise a ValueError that names the argument."""
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}; move it with {name}.cpu()")
-    array: npt.NDArray[Any] = tensor.detach().numpy()
+    """View a tensor as an array, or raise a ValueError that names the argument. One on an accelerator is copied to the host."""
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} must have contents, which a tensor on the meta device has not")
+    array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
     return array
 
 
