@@ -96,7 +96,7 @@ class Applies(nn.Module):
 
 def traced(function: Function, x: torch.Tensor) -> list[bool]:
     """Return for each operation whether it has the same bits."""
-    graph = torch.fx.symbolic_trace(Applies(function)).graph
+    module = torch.fx.symbolic_trace(Applies(function))
     values: dict[torch.fx.Node, Any] = {}
 
     class Seen(torch.fx.Interpreter):
@@ -104,10 +104,10 @@ def traced(function: Function, x: torch.Tensor) -> list[bool]:
             values[n] = super().run_node(n)
             return values[n]
 
-    Seen(torch.fx.GraphModule(Applies(function), graph)).run(x)
+    Seen(module).run(x)
     return [
         has_same_bits(node, values[node], [values[source] for source in node.all_input_nodes])
-        for node in graph.nodes
+        for node in module.graph.nodes
         if node.op.startswith("call_")
     ]
 
