@@ -3,18 +3,22 @@
 Contract (tests/test_carrier.py has a test per number).
 
  1. One copy. All dense tensors of a batch and of its staged values travel in one copy, queued on the stage's stream.
- 2. No waiting. The thread that trains waits for nothing: it lets its stream wait for the copy.
+ 2. No waiting. The thread that trains waits for nothing: it lets its stream wait for the copy, once, and again where the
+    forward runs on another stream than the one that the batch was taken on.
  3. Reuse. Pinned memory is written again only once the copy out of it is done. There is as much of it as copies were under way
     at once, each piece as large as the largest batch.
- 4. Life. What was moved is kept from being given to somebody else before the training stream is done with it.
+ 4. Life. What was moved is kept from being given to somebody else before the training stream is done with it: each piece of
+    memory is lent to that stream once.
  5. Form. What arrives has the dtype, shape and strides that moving it by itself gives, and staged values that share memory
     go on sharing it.
  6. What stays. Tensors that require grad, those that are on another device already, arrays, numbers and text are handed on as
     they are. A tensor that only the stage reads does not travel: a deferred one stands for it.
+ 7. Order. What the loader has made on the accelerator is waited for. So are writes of the step to state that the stage reads:
+    where that is not as the last batch found it, the stage's stream waits for the training stream.
 """
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,22 +41,34 @@ class Arrival:
         lane: where it was queued.
 
     Attributes:
-        memories: tensors whose memory was made on the stage's stream.
+        memories: tensors with the memory that was made on the stage's stream, one for each piece.
     """
 
     def __init__(self, lane: Lane) -> None:
         self.memories: list[torch.Tensor] = []
         self._lane = lane
         self._mark: Mark | None = None
+        self._waiting: Any = self  # no stream
+        self._known: set[int] = set()
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note tensors whose memory is to be kept for the stream that uses it."""
+        for tensor in tensors:
+            memory = int(tensor.untyped_storage()._cdata)
+            if memory not in self._known:
+                self._known.add(memory)
+                self.memories.append(tensor)
 
     def close(self) -> None:
         """Note that all has been queued."""
         self._mark = self._lane.mark()
 
     def wait(self) -> None:
-        """Let the calling thread's stream wait for it, and keep its memory for that stream."""
-        if self._mark is None:
+        """Let the calling thread's stream wait for it, and keep its memory for that stream. Twice does no more than once."""
+        stream = self._lane.meet()
+        if self._mark is None or stream == self._waiting:
             return
+        self._waiting = stream
         self._mark.wait()
         for memory in self.memories:
             self._lane.lend(memory)
@@ -111,8 +127,10 @@ class Carrier:
             for value, away in zip(values, moved, strict=True)
         ]
         arrival = Arrival(self.lane)
-        if any(isinstance(leaf, torch.Tensor) and leaf.device == self.device for leaf in batch.leaves):
+        there = [leaf for leaf in batch.leaves if isinstance(leaf, torch.Tensor) and leaf.device == self.device != _CPU]
+        if there:
             self.lane.follow()  # the user's loader has queued what made it
+            arrival.keep(part for leaf in there for part in parts_of(leaf) if part.device == self.device)
         with self.lane.entered(), torch.no_grad():
             arrived = self._send(load, arrival)
             leaves = [arrived(leaf) for leaf in leaves]
@@ -140,9 +158,9 @@ class Carrier:
         found: list[torch.Tensor] = []
         if packing.slices:
             memory = torch.empty(packing.nbytes, dtype=torch.uint8, device=self.device)
-            arrival.memories.append(memory)
+            arrival.keep([memory])
             self._pinned.send(packing, memory, self.lane)
-            found = packing.read(memory, arrival.memories.append)
+            found = packing.read(memory, lambda tensor: arrival.keep([tensor]))
 
         def arrived(item: Any) -> Any:
             if isinstance(item, _Packed):
@@ -150,7 +168,7 @@ class Carrier:
             if not isinstance(item, _Odd):
                 return item
             tensor = item.tensor.to(self.device)
-            arrival.memories += [part for part in parts_of(tensor) if part.device == self.device]
+            arrival.keep(part for part in parts_of(tensor) if part.device == self.device)
             return tensor
 
         return arrived
@@ -306,7 +324,7 @@ class Pinned:
 
     def _make(self, nbytes: int) -> torch.Tensor:
         size = max(1 << (nbytes - 1).bit_length(), 1 << 12)  # a power of two: batches differ a little in size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._is_pinned)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._is_pinned)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

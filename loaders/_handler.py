@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchstage._memory import has_unseen_writes
+from torchstage._memory import has_unseen_writes, parts_of
 from torchstage._structure import TreeSpec, flatten
 from torchstage.loaders._carrier import Arrival, Carrier
 from torchstage.loaders._parts import Call, Parts
@@ -57,6 +57,7 @@ class Handler:
     def __init__(self, binder: Binder) -> None:
         self.carrier: Carrier | None = None
         self._binder = binder
+        self._state: list[Any] = []
 
     def call(self, batch: Any) -> tuple[Call, frozenset[int]]:
         """Bind a batch as the step will get it, to capture from. The calling thread waits for the move.
@@ -125,18 +126,30 @@ class Handler:
             batch, values, arrival = carrier.carry(batch, number)
         else:
             reads = states_of(parts)
-            values = parts.run_host(leaves)
+            state = [state for _, _, state in reads]
+            if state != self._state:  # a version moves when a write is queued, not when it is done
+                carrier.lane.follow(training=True)
+                self._state = state  # not before: another worker, which finds it so, does not wait
+            with carrier.lane.entered():
+                values = parts.run_host(leaves)
             needed = {id(leaf) for position, leaf in enumerate(leaves) if position not in parts.idle}
             staying = {id(leaves[position]) for position in parts.idle} - needed
             batch, values, arrival = carrier.carry(batch, number, staying, values, parts.moved)
-        leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
+        with carrier.lane.entered(), torch.no_grad():  # what `inputs` computes comes behind the move
+            leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
+        known = {
+            id(leaf) for leaf in batch.leaves
+        }  # what was carried is kept, and a deferred tensor must not be looked into
+        made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in known]
+        arrival.keep(part for leaf in made for part in parts_of(leaf) if part.device == carrier.device)
         ticket = Ticket(owner, staging, leaves, spec, flaw)
+        ticket.arrival = arrival
         if parts is not None:
             with carrier.lane.entered():
                 ticket.fill(parts, leaves, values, reads)
-            arrival.memories += ticket.tensors_on(carrier.device)
+            arrival.keep(ticket.tensors_on(carrier.device))
             _send_rows(carrier, ticket, arrival)
-            arrival.close()
+        arrival.close()
         return Staged(batch, Bound(ticket, leaves), arrival)
 
 

@@ -80,6 +80,8 @@ class Core:
         if ticket is None:
             self._note_unstaged()
             return plain(*args, **kwargs)
+        if ticket.arrival is not None:
+            ticket.arrival.wait()  # again, if this forward runs on another stream than the loader
         result = None
         try:
             refused = ticket.refuse(leaves, spec)

@@ -110,7 +110,7 @@ class Pipeline:
         self.options = options
         self.recorder = recorder
         self.stager = stager
-        self._carrier = carrier
+        self.carrier = carrier
         self.ignored = ignored
         self._sizes = Sizes(options, recorder, tuner)
         self.crew = self._sizes.crew
@@ -274,7 +274,7 @@ class Pipeline:
 
     def _staged(self, batch: Batch, number: int) -> Staged:
         if self.stager is None:
-            return hand_on(batch, number, self._carrier)
+            return hand_on(batch, number, self.carrier)
         return self.stager.stage(batch, number)
 
     def _failed(self, got: Read, error: BaseException, what: str) -> Item | None:
@@ -325,6 +325,8 @@ class Pipeline:
 
 def _work(pipeline: Pipeline, number: int) -> None:
     """Read and stage until the end, an error, a stop or a resize that needs no such worker. The body of a thread."""
+    if pipeline.carrier is not None:
+        pipeline.carrier.lane.settle()
     at_work = contextlib.nullcontext() if pipeline.stager is None else pipeline.stager.at_work()
     with at_work, contextlib.suppress(ChannelCancelled, ChannelClosed):
         while pipeline.crew.stays(number) and (got := _read(pipeline)) is not None:

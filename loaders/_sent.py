@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 
+from torchstage._streams import has_streams
 from torchstage.transforms._lookups import Form, Lookup
 
 
@@ -30,8 +31,11 @@ class Sent:
     def repair(self, at: torch.Tensor, rows: torch.Tensor) -> None:
         """Send the rows at the positions ``at``, int64 [K], of ``rows`` on the host once more, into those that are there."""
         assert self._rows is not None
-        device = self._rows.device
-        self._rows.index_copy_(0, at.to(device), rows.index_select(0, at).to(device))
+        device, parts = self._rows.device, (at, rows.index_select(0, at))
+        if has_streams(device):  # out of pinned memory the training thread does not wait for what is queued there
+            parts = (parts[0].pin_memory(), parts[1].pin_memory())
+        there, again = (part.to(device, non_blocking=True) for part in parts)
+        self._rows.index_copy_(0, there, again)
 
     def spread(self, shape: Sequence[int]) -> torch.Tensor:
         """Return the lookup's result, [*shape, columns] on the accelerator."""

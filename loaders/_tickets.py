@@ -33,6 +33,9 @@ class Ticket:
         leaves: the leaves of the call that the batch binds to, as handed out.
         spec: the structure of that call.
         flaw: why there are no values; None if `fill` will be called.
+
+    Attributes:
+        arrival: when what was moved to an accelerator may be used; None on the CPU.
     """
 
     def __init__(self, owner: Any, staging: Staging, leaves: Sequence[Any], spec: TreeSpec, flaw: str | None) -> None:
@@ -41,6 +44,7 @@ class Ticket:
         self.flaw = flaw
         self.spec = spec
         self.on_used: Callable[[Any], None] | None = None
+        self.arrival: Any = None
         # Weak where that is possible: the registry must not keep a batch alive that the user has dropped.
         self._leaves = [weakref.ref(leaf) if _is_weak(leaf) else leaf for leaf in leaves]
         self._weak = [_is_weak(leaf) for leaf in leaves]

@@ -24,6 +24,7 @@ class Lane:
         self.said: list[Any] = []
         self.done = True
         self.inside = 0
+        self.stream = "default"
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -34,8 +35,14 @@ class Lane:
     def mark(self) -> "Mark":
         return Mark(self)
 
-    def follow(self) -> None:
-        self.said.append("follow")
+    def settle(self) -> None:
+        self.said.append("settle")
+
+    def meet(self) -> str:
+        return self.stream
+
+    def follow(self, training: bool = False) -> None:
+        self.said.append("follow the training stream" if training else "follow")
 
     def lend(self, tensor: torch.Tensor) -> None:
         self.said.append(("lend", tensor.untyped_storage().data_ptr()))
@@ -91,7 +98,13 @@ def test_2_the_training_thread_waits_for_the_mark_and_for_nothing_else(carrier: 
     _, _, arrival = carrier.carry(batch_of(torch.randn(3)), 0)
     lane.said.clear()
     arrival.wait()
-    assert lane.said == ["wait", ("lend", arrival.memories[0].untyped_storage().data_ptr())]
+    told = ["wait", ("lend", arrival.memories[0].untyped_storage().data_ptr())]
+    assert lane.said == told
+    arrival.wait()
+    assert lane.said == told
+    lane.stream = "another"  # the forward runs on another stream than the loader
+    arrival.wait()
+    assert lane.said == told + told
 
 
 def test_3_pinned_memory_is_written_again_only_once_its_copy_is_done(carrier: Carrier, lane: Lane) -> None:
@@ -120,6 +133,27 @@ def test_4_memory_of_its_own_is_lent_too(carrier: Carrier, lane: Lane) -> None:
     _, (found,), arrival = carrier.carry(batch_of(torch.randn(3)), 0, values=[column], moved=[True])
     arrival.wait()
     assert ("lend", found.untyped_storage().data_ptr()) in lane.said
+
+
+def test_4_a_piece_of_memory_is_lent_once(carrier: Carrier, lane: Lane) -> None:
+    x = torch.randn(8)
+    _, found, arrival = carrier.carry(batch_of(torch.randn(3)), 0, values=[x, x[2:]], moved=[True, True])
+    arrival.keep([torch.zeros(1), found[0], found[1], found[1]])
+    made = torch.zeros(2)
+    arrival.keep([made, made[1:]])
+    lane.said.clear()
+    arrival.wait()
+    lent = [said for said in lane.said if said != "wait"]
+    assert len(lent) == len(set(lent)) == len(arrival.memories)
+
+
+def test_7_what_the_loader_made_on_the_accelerator_is_waited_for_and_lent(lane: Lane) -> None:
+    carrier = Carrier(torch.device("meta"), lane, moves_batch=True)
+    batch = batch_of([torch.empty(3, device="meta"), 5])
+    carried, _, arrival = carrier.carry(batch, 0)
+    assert carried.value[0] is batch.value[0]
+    assert lane.said == ["follow"]
+    assert len(arrival.memories) == 1
 
 
 def test_5_a_leaf_has_the_strides_that_moving_gives_and_a_value_those_it_had(carrier: Carrier) -> None:

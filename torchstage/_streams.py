@@ -34,8 +34,18 @@ class Lane(Protocol):
     def mark(self) -> Mark:
         """Return the point behind all that is queued here."""
 
-    def follow(self) -> None:
-        """Let what is queued here from now on wait for what the calling thread has queued on its own stream."""
+    def settle(self) -> None:
+        """Make the lane's device that of the calling thread, which works for the lane and for nothing else."""
+
+    def meet(self) -> Any:
+        """Remember the calling thread's stream as the one that trains, and return it."""
+
+    def follow(self, training: bool = False) -> None:
+        """Let what is queued here from now on wait for what is queued on another stream.
+
+        Args:
+            training: whether that is the stream that trains, else it is the calling thread's own.
+        """
 
     def lend(self, tensor: torch.Tensor) -> None:
         """Keep the memory of ``tensor``, made here, from being given out again before the calling thread's stream is done."""
@@ -50,7 +60,13 @@ class _NullLane:
     def mark(self) -> Mark:
         return self
 
-    def follow(self) -> None:
+    def settle(self) -> None:
+        pass
+
+    def meet(self) -> Any:
+        return None
+
+    def follow(self, training: bool = False) -> None:
         pass
 
     def lend(self, tensor: torch.Tensor) -> None:
@@ -70,7 +86,7 @@ NULL: Lane = _NullLane()
 
 
 class StreamLane:
-    """A stream of an accelerator.
+    """A stream of an accelerator. Made by the thread that trains.
 
     Args:
         device: the device.
@@ -82,6 +98,7 @@ class StreamLane:
         self._device = device
         main = getattr(self._module, "default_stream", self._module.current_stream)
         self._stream = main(device) if stream is None else stream
+        self._training = self._module.current_stream(device)
 
     def entered(self) -> contextlib.AbstractContextManager[Any]:
         """See `Lane`."""
@@ -93,9 +110,20 @@ class StreamLane:
         event.record(self._stream)
         return _Event(event, self._module, self._device)
 
-    def follow(self) -> None:
+    def settle(self) -> None:
         """See `Lane`."""
-        self._stream.wait_stream(self._module.current_stream(self._device))
+        # Otherwise each change of the stream goes back to device 0, which costs a process of another device memory there.
+        if hasattr(self._module, "set_device"):
+            self._module.set_device(self._device)
+
+    def meet(self) -> Any:
+        """See `Lane`."""
+        self._training = self._module.current_stream(self._device)
+        return self._training
+
+    def follow(self, training: bool = False) -> None:
+        """See `Lane`."""
+        self._stream.wait_stream(self._training if training else self._module.current_stream(self._device))
 
     def lend(self, tensor: torch.Tensor) -> None:
         """See `Lane`."""
@@ -158,6 +186,12 @@ def check_stage_stream(number: int | None) -> None:
         )
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether a device has streams, and so copies out of pinned memory that the host need not wait for."""
+    module = None if device.type == "cpu" else torch.get_device_module(device.type)
+    return all(hasattr(module, name) for name in _NEEDED)
+
+
 def lane_of(device: torch.device, number: int | None) -> Lane:
     """Return the lane of a stage: on the stream of that number, or on one of its own where it is None.
 
@@ -165,9 +199,9 @@ def lane_of(device: torch.device, number: int | None) -> Lane:
         device: an accelerator. The lane of one without streams of its own, and of the CPU, is `NULL`.
         number: 0 is the main graph's stream, others are those of `add_stage_stream`.
     """
-    module: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
-    if not all(hasattr(module, name) for name in _NEEDED):
+    if not has_streams(device):
         return NULL
+    module: Any = torch.get_device_module(device.type)
     if number == 0:
         return StreamLane(device, None)
     if number is None:
