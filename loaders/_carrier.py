@@ -17,7 +17,6 @@ Contract (tests/test_carrier.py has a test per number).
     where that is not as the last batch found it, the stage's stream waits for the training stream.
 """
 
-import threading
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -29,7 +28,8 @@ from torchstage._memory import parts_of
 from torchstage._streams import NULL, Lane, Mark, lane_of
 from torchstage._structure import flatten, travels, unflatten
 from torchstage.errors import OptionError
-from torchstage.loaders._packing import Packing, pack
+from torchstage.loaders._packing import pack
+from torchstage.loaders._pinned import Pinned
 from torchstage.loaders._source import Batch
 from torchstage.options import SmartStageOptions
 
@@ -48,7 +48,7 @@ class Arrival:
         self.memories: list[torch.Tensor] = []
         self._lane = lane
         self._mark: Mark | None = None
-        self._waiting: Any = self  # no stream
+        self._waiting: Any = None
         self._known: set[int] = set()
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -284,54 +284,9 @@ class _Load:
         return self._known[id(value)]
 
 
-class Pinned:
-    """Pieces of pinned memory for copies to an accelerator, number 3 of the contract. Any thread may send.
-
-    Args:
-        pinned: False for a device without streams, whose copies are done when they return: then ordinary memory does.
-    """
-
-    def __init__(self, pinned: bool) -> None:
-        self._is_pinned = pinned
-        self._lock = threading.Lock()
-        self._free: list[tuple[torch.Tensor, Mark]] = []
-        self.pieces = 0
-
-    def send(self, packing: Packing, target: torch.Tensor, lane: Lane) -> None:
-        """Queue the copy of ``packing`` to ``target``, uint8 [nbytes], on the stream that the calling thread is on."""
-        memory = self._take()
-        if memory is None or len(memory) < packing.nbytes:
-            self.pieces += memory is None
-            memory = self._make(packing.nbytes)
-        packing.write(memory)
-        target.copy_(memory[: packing.nbytes], non_blocking=self._is_pinned)
-        with self._lock:
-            self._free.append((memory, lane.mark()))
-
-    def _take(self) -> torch.Tensor | None:
-        """Return the piece whose copy was queued first, if it is over or there are enough pieces to wait for it."""
-        with self._lock:
-            if not self._free:
-                return None
-            memory, mark = self._free[0]
-            done = mark.query()
-            if not done and self.pieces < MOST_PIECES:
-                return None
-            del self._free[0]
-        if not done:
-            mark.synchronize()
-        return memory
-
-    def _make(self, nbytes: int) -> torch.Tensor:
-        size = max(1 << (nbytes - 1).bit_length(), 1 << 12)  # a power of two: batches differ a little in size
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._is_pinned)
-
-
 def _is_dense(tensor: torch.Tensor) -> bool:
     plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
     return plain and not tensor.is_nested and not tensor.is_conj() and not tensor.is_neg()
 
 
 _CPU = torch.device("cpu")
-MOST_PIECES = 4
-"""Pieces of pinned memory from which on a worker waits for one rather than making another."""

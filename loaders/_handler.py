@@ -137,9 +137,8 @@ class Handler:
             batch, values, arrival = carrier.carry(batch, number, staying, values, parts.moved)
         with carrier.lane.entered(), torch.no_grad():  # what `inputs` computes comes behind the move
             leaves, spec = flatten(self._binder.bind(batch.value), batch.texts)
-        known = {
-            id(leaf) for leaf in batch.leaves
-        }  # what was carried is kept, and a deferred tensor must not be looked into
+        # What was carried is kept already, and a deferred tensor must not be looked into.
+        known = {id(leaf) for leaf in batch.leaves}
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in known]
         arrival.keep(part for leaf in made for part in parts_of(leaf) if part.device == carrier.device)
         ticket = Ticket(owner, staging, leaves, spec, flaw)

@@ -69,10 +69,10 @@ class Ticket:
         self._versions = states_of(parts) if reads is None else reads
         self._values = parts.run_stage(leaves, given)
         self._rows = parts.gather(leaves, self._values)
-        leaves = _leaves_of(self._values)
-        self._value_versions = [(leaf, version_of(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        made = _leaves_of(self._values)
+        self._value_versions = [(leaf, version_of(leaf)) for leaf in made if isinstance(leaf, torch.Tensor)]
         self._given = {memory for value, _ in self._value_versions for memory in memories_of(value)}
-        self._fragile = not all(isinstance(leaf, _LASTING) for leaf in leaves)
+        self._fragile = not all(isinstance(leaf, _LASTING) for leaf in made)
 
     @property
     def nbytes(self) -> int:
@@ -162,11 +162,11 @@ class Ticket:
 
 
 def _leaves_of(values: Sequence[Any]) -> list[Any]:
-    """Return staged values, with what is in a tuple, of `chunk` or `sort` say, in its place; a list is there beside its own."""
+    """Return staged values: what tuples (of `chunk`, of `sort`) hold in their place, lists and dicts beside what they hold."""
     leaves: list[Any] = []
     for value in values:
-        if isinstance(value, (tuple, list)):
-            leaves += _leaves_of(value)
+        if isinstance(value, (tuple, list, dict)):
+            leaves += _leaves_of(list(value.values()) if isinstance(value, dict) else value)
         if not isinstance(value, tuple):
             leaves.append(value)
     return leaves

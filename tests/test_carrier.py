@@ -10,8 +10,8 @@ import torch
 from torchstage._deferred import Deferred
 from torchstage._structure import flatten
 from torchstage.errors import BatchOverwrittenError
-from torchstage.loaders import _carrier
 from torchstage.loaders._carrier import Carrier
+from torchstage.loaders._pinned import MOST_PIECES
 from torchstage.loaders._source import Batch
 
 CPU = torch.device("cpu")
@@ -112,12 +112,12 @@ def test_3_pinned_memory_is_written_again_only_once_its_copy_is_done(carrier: Ca
         carrier.carry(batch_of(torch.randn(3)), 0)
     assert carrier._pinned.pieces == 1  # each copy was done when the next batch came
     lane.done = False
-    for _ in range(_carrier.MOST_PIECES - 1):
+    for _ in range(MOST_PIECES - 1):
         carrier.carry(batch_of(torch.randn(3)), 0)
-    assert carrier._pinned.pieces == _carrier.MOST_PIECES
+    assert carrier._pinned.pieces == MOST_PIECES
     assert "synchronize" not in lane.said
     carrier.carry(batch_of(torch.randn(3)), 0)
-    assert carrier._pinned.pieces == _carrier.MOST_PIECES
+    assert carrier._pinned.pieces == MOST_PIECES
     assert lane.said.count("synchronize") == 1
 
 
