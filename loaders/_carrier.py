@@ -8,13 +8,13 @@ Contract (tests/test_carrier.py has a test per number).
  3. Reuse. Pinned memory is written again only once the copy out of it is done. There is as much of it as copies were under way
     at once, each piece as large as the largest batch.
  4. Life. What was moved is kept from being given to somebody else before the training stream is done with it: each piece of
-    memory is lent to that stream once.
+    memory is lent to that stream once. It is not kept from being freed by that: nothing here holds a tensor handed out.
  5. Form. What arrives has the dtype, shape and strides that moving it by itself gives, and staged values that share memory
     go on sharing it.
  6. What stays. Tensors that require grad, those that are on another device already, arrays, numbers and text are handed on as
     they are. A tensor that only the stage reads does not travel: a deferred one stands for it.
  7. Order. What the loader has made on the accelerator is waited for. So are writes of the step to state that the stage reads:
-    where that is not as the last batch found it, the stage's stream waits for the training stream.
+    where that is not as the last batch found it, the stage's stream waits for the streams that training was seen on.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -52,12 +52,15 @@ class Arrival:
         self._known: set[int] = set()
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note tensors whose memory is to be kept for the stream that uses it."""
+        """Note tensors whose memory is to be kept for the stream that uses it.
+
+        Others on the same memory are held in their place: a ticket holds the arrival, and lives as long as its batch's tensors.
+        """
         for tensor in tensors:
             memory = int(tensor.untyped_storage()._cdata)
             if memory not in self._known:
                 self._known.add(memory)
-                self.memories.append(tensor)
+                self.memories.append(tensor.detach())
 
     def close(self) -> None:
         """Note that all has been queued."""
@@ -66,7 +69,7 @@ class Arrival:
     def wait(self) -> None:
         """Let the calling thread's stream wait for it, and keep its memory for that stream. Twice does no more than once."""
         stream = self._lane.meet()
-        if self._mark is None or stream == self._waiting:
+        if self._mark is None or stream is None or stream == self._waiting:
             return
         self._waiting = stream
         self._mark.wait()

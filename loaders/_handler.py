@@ -1,17 +1,20 @@
 """What a worker does to one batch: bind it to the forward, run the stage, move both to where the step runs, make the ticket."""
 
+import threading
+import weakref
 from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
 
+from torchstage._deferred import Deferred
 from torchstage._memory import has_unseen_writes, parts_of
 from torchstage._structure import TreeSpec, flatten
 from torchstage.loaders._carrier import Arrival, Carrier
 from torchstage.loaders._parts import Call, Parts
 from torchstage.loaders._source import Batch
 from torchstage.loaders._staging import Staging
-from torchstage.loaders._tickets import Ticket, states_of
+from torchstage.loaders._tickets import Reads, Ticket, states_of
 from torchstage.transforms._binding import Binder
 
 
@@ -57,7 +60,8 @@ class Handler:
     def __init__(self, binder: Binder) -> None:
         self.carrier: Carrier | None = None
         self._binder = binder
-        self._state: list[Any] = []
+        self._seen: weakref.WeakKeyDictionary[Parts, list[Any]] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def call(self, batch: Any) -> tuple[Call, frozenset[int]]:
         """Bind a batch as the step will get it, to capture from. The calling thread waits for the move.
@@ -126,10 +130,7 @@ class Handler:
             batch, values, arrival = carrier.carry(batch, number)
         else:
             reads = states_of(parts)
-            state = [state for _, _, state in reads]
-            if state != self._state:  # a version moves when a write is queued, not when it is done
-                carrier.lane.follow(training=True)
-                self._state = state  # not before: another worker, which finds it so, does not wait
+            self._follow_writes(carrier, parts, reads)
             with carrier.lane.entered():
                 values = parts.run_host(leaves)
             needed = {id(leaf) for position, leaf in enumerate(leaves) if position not in parts.idle}
@@ -140,6 +141,8 @@ class Handler:
         # What was carried is kept already, and a deferred tensor must not be looked into.
         known = {id(leaf) for leaf in batch.leaves}
         made = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and id(leaf) not in known]
+        asked = [leaf._moved for leaf in batch.leaves if type(leaf) is Deferred]  # of a deferred one, by `inputs`
+        made += [tensor for tensor in asked if tensor is not None]
         arrival.keep(part for leaf in made for part in parts_of(leaf) if part.device == carrier.device)
         ticket = Ticket(owner, staging, leaves, spec, flaw)
         ticket.arrival = arrival
@@ -150,6 +153,17 @@ class Handler:
             _send_rows(carrier, ticket, arrival)
         arrival.close()
         return Staged(batch, Bound(ticket, leaves), arrival)
+
+    def _follow_writes(self, carrier: Carrier, parts: Parts, reads: Reads) -> None:
+        """Let the stage's stream wait for writes to what ``parts`` reads: a version moves when one is queued, not when done.
+
+        The first time it waits for what was made with ``parts``, too. Other workers wait for the lock, to come behind that.
+        """
+        states = [state for _, _, state in reads]
+        with self._lock:
+            if self._seen.get(parts) != states:
+                carrier.lane.follow(training=True)
+                self._seen[parts] = states
 
 
 def _send_rows(carrier: Carrier, ticket: Ticket, arrival: Arrival) -> None:

@@ -9,6 +9,7 @@ import torch.fx
 
 from torchstage._memory import is_in, state_of
 from torchstage._mode import Ambient
+from torchstage._streams import follow_training
 from torchstage._threads import set_intra_op_threads
 from torchstage.errors import add_note
 from torchstage.loaders._executors import executor
@@ -65,6 +66,7 @@ class _Copy:
         """Copy the tensor again if it has changed. What is computed from an old copy meanwhile is refused by its version."""
         if self._state is None or not is_in(self._tensor, self._state):
             self._state = state_of(self._tensor)
+            follow_training()  # a write that came since the stage's stream did so is in this state, and queued
             self._copy.copy_(self._tensor)
 
 

@@ -30,6 +30,8 @@ wrong.
     last batch that was taken left them, unless something else has drawn from them since.
 14. Positions. Each read of the user's loader that did not end the epoch is a position, whatever became of it; an item says
     which is its own, and carries the loader's state behind it.
+15. Streams. On an accelerator the stream of the thread that starts the pass, and that of a thread that takes a batch, count as
+    those that train: what is staged comes behind what they write. Workers are on the accelerator's device from their start.
 """
 
 import contextlib
@@ -126,6 +128,8 @@ class Pipeline:
         The first read draws from the random streams of the training loop (a sampler's seed), so it must happen where
         and when the plain loop does it.
         """
+        if self.carrier is not None:
+            self.carrier.lane.meet()  # the first batch is staged before any is taken
         self.reader.order.begin()
         first = self._first()
         if first is not None and self.stager is not None:

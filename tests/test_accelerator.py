@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import gc
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,10 +19,21 @@ from tests import simulated
 from tests.support import Clicks, Words, click_loader, word_batches
 from torchstage import ops
 from torchstage._deferred import Deferred
-from torchstage._streams import NULL, lane_of
+from torchstage._streams import NULL, StreamLane, lane_of
 from torchstage.errors import FallbackWarning, OptionError
+from torchstage.loaders._host_stage import _Copy
 
 Batches = Callable[[], Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_races() -> Iterator[None]:
+    """Fail a test in which a stream did not wait for another one whose memory it used."""
+    there = "torch.sim" in sys.modules
+    if there:
+        simulated.races()
+    yield
+    assert "torch.sim" not in sys.modules or not there or simulated.races() == []
 
 
 @pytest.fixture
@@ -464,6 +478,142 @@ def test_many_small_batches_keep_their_numbers_while_memory_is_given_out_again(d
     staged = train(model, loader, functools.partial(forward, device=device), epochs=1)
     staged.assert_equal(plain)
     assert loader.stats.staged_steps == count
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Takes a logarithm, which runs there, of what a buffer scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([2.0, 3.0]))
+        self.out = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.log1p((x * self.scale).abs())).squeeze(1)
+
+
+def scaled(device: torch.device) -> Any:
+    torch.manual_seed(7)
+    return Scaled().to(device)
+
+
+def rows(count: int = 8) -> list[torch.Tensor]:
+    return [torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def run_scaled(model: Any, plain: Any, loader: Any, taken_on: Any, run_on: Any, module: Any) -> list[torch.Tensor]:
+    """Run three epochs, with a write to state after each where the forward runs, and no wait of the host in between."""
+    outputs = []
+    for epoch in range(3):
+        with module.stream(taken_on(epoch)):
+            for x in loader:
+                with module.stream(run_on(epoch)):
+                    outputs.append(model(x.to(plain.scale.device)).detach())
+            with module.stream(run_on(epoch)):
+                plain.scale.mul_(0.5)
+        if epoch < 2 and run_on(epoch + 1) != run_on(epoch):
+            run_on(epoch + 1).wait_stream(run_on(epoch))  # as every loop that changes over has to
+    module.synchronize()
+    return [output.cpu() for output in outputs]
+
+
+def test_the_simulated_device_notes_races(sim: torch.device) -> None:
+    module: Any = torch.get_device_module(sim.type)
+    side, x = module.Stream(sim), torch.ones(4, device=sim)
+    side.wait_stream(module.current_stream(sim))
+    with module.stream(side):
+        made = x * 2
+        x.add_(1)
+    assert simulated.races() == []
+    made.sum()
+    (raced,) = simulated.races()
+    assert "does not wait for what stream" in raced
+    module.current_stream(sim).wait_stream(side)
+    made.sum()
+    assert simulated.races() == []
+    del made
+    assert ["is given back while stream 0 uses it" in race for race in simulated.races()] == [True]
+    x.sum().item()
+    assert simulated.races() == []
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("where", ["default", "other", "forward", "by turns"])
+def test_no_stream_runs_ahead_of_another(device: torch.device, where: str, on_cpu: bool) -> None:
+    """The simulated device notes it if one does; see `_no_races`."""
+    module: Any = torch.get_device_module(device.type)
+    default, other = module.current_stream(device), module.Stream(device)
+    taken_on = {"other": lambda _: other, "by turns": lambda epoch: (default, other)[epoch % 2]}.get(
+        where, lambda _: default
+    )
+    run_on = {"forward": lambda _: other}.get(where, taken_on)
+    plain, own = scaled(device), scaled(device)
+    module.synchronize()
+    expected = run_scaled(plain, plain, rows(), lambda _: default, lambda _: default, module)
+    if device.type == "sim":
+        simulated.races()
+    model, loader = torchstage.smart_stage(own, rows(), capacity=2, bypass=False, stage_subgraph_on_cpu=on_cpu)
+    with loader:
+        found = run_scaled(model, own, loader, taken_on, run_on, module)
+    assert all(map(torch.equal, found, expected))
+    assert loader.stats.staged_steps == 24
+
+
+def test_the_hosts_copy_of_state_waits_for_a_write_that_came_late(device: torch.device) -> None:
+    """After the stage's stream has waited for the one before: its version is noted, and it is not copied again."""
+    module: Any = torch.get_device_module(device.type)
+    training, lane = module.Stream(device), lane_of(device, None)
+    tensor, copied = torch.ones(1000, device=device), torch.empty(1000)
+    copy_of = _Copy(tensor, copied)
+    module.synchronize()
+    with module.stream(training):
+        lane.meet()
+        tensor.add_(1)
+    with lane.entered():
+        copy_of.renew()
+    assert copied.tolist() == [2] * 1000
+
+
+def test_batches_that_were_made_there_are_freed_with_their_tickets(device: torch.device) -> None:
+    def batches() -> Iterator[torch.Tensor]:
+        for x in rows():
+            yield x.to(device)
+
+    model, loader = torchstage.smart_stage(scaled(device), batches(), capacity=2, bypass=False)
+    seen = []
+    with loader:
+        for x in loader:
+            model(x)
+            seen.append(weakref.ref(x))
+    del x
+    gc.collect()
+    assert loader.stats.staged_steps == len(seen) == 8
+    assert all(reference() is None for reference in seen)
+
+
+def test_a_forward_that_is_recorded_for_a_graph_waits_for_nothing_outside(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = torch.get_device_module(device.type)
+    recorded, other = [False], module.Stream(device)
+    monkeypatch.setattr(module, "is_current_stream_capturing", lambda: recorded[0], raising=False)
+    lent: list[Any] = []
+    model, loader = torchstage.smart_stage(scaled(device), rows(), bypass=False)
+    with loader:
+        for x in loader:
+            module.synchronize()  # as recording begins
+            monkeypatch.setattr(StreamLane, "lend", lambda _, tensor: lent.append(tensor))
+            with module.stream(other):
+                recorded[0] = True
+                model(x)
+                recorded[0] = False
+            monkeypatch.undo()
+            module.synchronize()
+            break
+    assert lent == []
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tests.support import Scale, numbers
+from tests.test_carrier import CPU, Lane
 from torchstage import SmartStageOptions, StagedDataLoader, smart_stage
 from torchstage.errors import ChannelCancelled, ChannelClosed, DroppedBatchWarning, PutTimeoutError, TorchstageWarning
+from torchstage.loaders._carrier import Carrier
 from torchstage.loaders._handler import Staged
 from torchstage.loaders._pipeline import Pipeline
 from torchstage.loaders._reader import Reader
@@ -439,3 +441,31 @@ def test_11_threads_hold_neither_the_loader_nor_the_iterator() -> None:
     del loader, iterator
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+def test_15_the_streams_that_train_are_known_before_anything_is_staged_and_workers_are_on_the_device() -> None:
+    class Noted(Lane):
+        def meet(self) -> str:
+            self.said.append(("meet", threading.current_thread()))
+            return "default"
+
+        def settle(self) -> None:
+            self.said.append(("settle", threading.current_thread()))
+
+        def mark(self) -> Any:
+            self.said.append("staged")
+            return super().mark()
+
+    options, lane = SmartStageOptions(num_threads=1, capacity=1), Noted()
+    reader = Reader(Source(iter(numbers(2)), window=4, pushed_back=[]), options)
+    pipeline = Pipeline(reader, None, options, Recorder("test"), carrier=Carrier(CPU, lane, moves_batch=True))
+    here = threading.current_thread()
+    pipeline.start()
+    assert [pipeline.take().number for _ in range(2)] == [0, 1]
+    pipeline.stop()
+    assert lane.said[0] == ("meet", here)
+    assert [said for said in lane.said if said == ("meet", here)] == [("meet", here)] * 3
+    settled = [said[1] for said in lane.said if said[0] == "settle"]
+    assert len(settled) == 1
+    assert here not in settled
+    assert lane.said.index(("settle", settled[0])) < lane.said.index("staged")

@@ -6,33 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import torchstage
 from tests.support import click_loader
-from tests.test_accelerator import click, clicks, train
+from tests.test_accelerator import click, clicks, rows, scaled, train
 from torchstage._streams import StreamLane
-
-
-class Scaled(nn.Module):
-    """Takes a logarithm, which runs there, of what a buffer scales."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.tensor([2.0, 3.0]))
-        self.out = nn.Linear(2, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.log1p(x.abs() * self.scale)).squeeze(1)
-
-
-def scaled(device: torch.device) -> Any:
-    torch.manual_seed(7)
-    return Scaled().to(device)
-
-
-def numbers(count: int = 8) -> list[torch.Tensor]:
-    return [torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
 @pytest.fixture
@@ -64,9 +42,9 @@ def test_a_write_to_state_that_the_stage_reads_is_waited_for(
         return outputs
 
     plain = scaled(device)
-    expected = run(plain, plain, numbers())
+    expected = run(plain, plain, rows())
     own = scaled(device)
-    model, loader = torchstage.smart_stage(own, numbers(), stage_subgraph_on_cpu=on_cpu, capacity=2)
+    model, loader = torchstage.smart_stage(own, rows(), stage_subgraph_on_cpu=on_cpu, capacity=2)
     with loader:
         found = run(model, own, loader)
     assert all(map(torch.equal, found, expected))
@@ -87,7 +65,7 @@ def test_memory_is_lent_to_the_stream_that_the_forward_runs_on(
 
     monkeypatch.setattr(StreamLane, "lend", noted)
     plain, own = scaled(device), scaled(device)
-    model, loader = torchstage.smart_stage(own, numbers())
+    model, loader = torchstage.smart_stage(own, rows())
     main, other = module.current_stream(device), module.Stream(device)
     with loader:
         for number, x in enumerate(loader):
@@ -96,7 +74,7 @@ def test_memory_is_lent_to_the_stream_that_the_forward_runs_on(
             with module.stream(on):
                 found = model(x).detach()
             on.synchronize()
-            assert torch.equal(found.cpu(), plain(numbers()[number].to(device)).detach().cpu())
+            assert torch.equal(found.cpu(), plain(rows()[number].to(device)).detach().cpu())
             assert {stream for _, stream in lent} == ({other} if number % 2 else set())
             assert len({memory for memory, _ in lent}) == len(lent)
     assert loader.stats.staged_steps == 8

@@ -5,6 +5,7 @@ On a machine without an accelerator the same calls are made on `NULL`, whose ope
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -38,13 +39,16 @@ class Lane(Protocol):
         """Make the lane's device that of the calling thread, which works for the lane and for nothing else."""
 
     def meet(self) -> Any:
-        """Remember the calling thread's stream as the one that trains, and return it."""
+        """Remember the calling thread's stream as one that trains, and return it.
+
+        None while its work is recorded for a graph of the device's: it may not wait for what was queued outside.
+        """
 
     def follow(self, training: bool = False) -> None:
-        """Let what is queued here from now on wait for what is queued on another stream.
+        """Let what is queued here from now on wait for what is queued on other streams.
 
         Args:
-            training: whether that is the stream that trains, else it is the calling thread's own.
+            training: whether those are the ones that train, else it is the calling thread's own and those.
         """
 
     def lend(self, tensor: torch.Tensor) -> None:
@@ -98,11 +102,19 @@ class StreamLane:
         self._device = device
         main = getattr(self._module, "default_stream", self._module.current_stream)
         self._stream = main(device) if stream is None else stream
-        self._training = self._module.current_stream(device)
+        self._training = (self._module.current_stream(device),)  # replaced as a whole: workers look at it
+        self._is_recorded: Any = getattr(self._module, "is_current_stream_capturing", lambda: False)
 
-    def entered(self) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
         """See `Lane`."""
-        return self._module.stream(self._stream)  # type: ignore[no-any-return]
+        before = getattr(_inside, "lane", None)
+        _inside.lane = self
+        try:
+            with self._module.stream(self._stream):
+                yield
+        finally:
+            _inside.lane = before
 
     def mark(self) -> Mark:
         """See `Lane`."""
@@ -118,12 +130,26 @@ class StreamLane:
 
     def meet(self) -> Any:
         """See `Lane`."""
-        self._training = self._module.current_stream(self._device)
-        return self._training
+        stream = self._module.current_stream(self._device)
+        if self._is_recorded():
+            return None
+        if stream not in self._training:
+            self._training = (*self._training[1 - _MOST_TRAINING :], stream)
+        return stream
 
     def follow(self, training: bool = False) -> None:
         """See `Lane`."""
-        self._stream.wait_stream(self._training if training else self._module.current_stream(self._device))
+        self.follow_training()
+        if not training:
+            self._stream.wait_stream(self._module.current_stream(self._device))
+
+    def follow_training(self) -> None:
+        """Let what is queued here from now on wait for what is queued on the streams that train."""
+        for stream in set(self._training) - {self._stream}:
+            with self._module.stream(stream):
+                recorded = self._is_recorded()  # waiting for it would make the lane a part of the graph
+            if not recorded:
+                self._stream.wait_stream(stream)
 
     def lend(self, tensor: torch.Tensor) -> None:
         """See `Lane`."""
@@ -146,6 +172,15 @@ class _Event:
         self._event.synchronize()
 
 
+def follow_training() -> None:
+    """Let the lane that the calling thread has entered wait for the streams that train; nothing where there is none."""
+    lane: StreamLane | None = getattr(_inside, "lane", None)
+    if lane is not None:
+        lane.follow_training()
+
+
+_inside = threading.local()
+_MOST_TRAINING = 4  # one that batches are taken on and one that the forward runs on, or a few clients'
 _NEEDED = ("Stream", "Event", "stream", "current_stream")
 _lock = threading.Lock()
 _priorities: list[int] = []

@@ -138,6 +138,11 @@ def lent() -> int:
     return int(_extension().lent())
 
 
+def races() -> list[str]:
+    """Return what was done since the last call to memory of another stream without waiting for that one."""
+    return list(_extension().races())
+
+
 def _extension() -> Any:
     return sys.modules["torch.sim"]._extension
 

@@ -2,7 +2,8 @@
 //
 // Its kernels are the CPU's, at work on the very memory and strides, so its numbers are the CPU's too. What it shares with a
 // real accelerator is what programs get wrong: its tensors do not mix with the CPU's, and a copy that is queued on a side stream
-// has not happened until somebody waits for it. Memory that was not written yet, or was freed, holds 0xCD bytes.
+// has not happened until somebody waits for it. What one stream does to the memory of another without waiting for it is noted
+// as a race. Memory that was not written yet, or was freed, holds 0xCD bytes.
 
 #define AT_PER_OPERATOR_HEADERS  // or all of ATen's are compiled
 #include <ATen/CPUGeneratorImpl.h>
@@ -89,7 +90,82 @@ void run_all() {
   for (int64_t id = 0; id <= streams; ++id) run_until(id, queued(id));
 }
 
+// --- What is known to be done. Each operation has a number in its stream. A stream knows the operations of another that it has
+// waited for, and everybody those that the host has waited for. An operation on memory that another stream has written, in one
+// that is not known, is a race, however it turned out here; so is giving memory of a side stream back while another stream may
+// be at work on it that it was not lent to. The default stream's own memory is not looked at when it is given back.
+
+using Clock = std::map<int64_t, int64_t>;
+
+struct Block {
+  int64_t home, writer, written;
+  Clock uses;
+  std::set<int64_t> lent;
+};
+
+std::mutex ledger;  // nothing is waited for under it
+std::map<const void*, Block> blocks;
+std::map<int64_t, Clock> known;
+Clock finished;
+std::vector<std::string> races;
+
+void join(Clock& clock, const Clock& other) {
+  for (const auto& [stream, number] : other) clock[stream] = std::max(clock[stream], number);
+}
+
+Clock clock_of(int64_t stream) {
+  std::lock_guard<std::mutex> lock(ledger);
+  return known[stream];
+}
+
+void finish(const Clock& clock) {
+  std::lock_guard<std::mutex> lock(ledger);
+  join(finished, clock);
+}
+
+bool is_known(int64_t stream, int64_t other, int64_t number) {
+  return stream == other || number <= std::max(known[stream][other], finished[other]);
+}
+
+void begin_operation() {
+  std::lock_guard<std::mutex> lock(ledger);
+  ++known[current][current];
+}
+
+void use_memory(const void* memory, bool writes, const std::string& name) {
+  std::lock_guard<std::mutex> lock(ledger);
+  const auto found = blocks.find(memory);
+  if (found == blocks.end()) return;
+  auto& block = found->second;
+  if (!is_known(current, block.writer, block.written))
+    races.push_back(name + " on stream " + std::to_string(current) + " does not wait for what stream " +
+                    std::to_string(block.writer) + " writes");
+  block.uses[current] = known[current][current];
+  if (writes) {
+    block.writer = current;
+    block.written = known[current][current];
+  }
+}
+
+void note_made(const void* memory) {
+  std::lock_guard<std::mutex> lock(ledger);
+  blocks[memory] = {current, current, known[current][current], {}, {}};
+}
+
+void note_freed(const void* memory) {
+  std::lock_guard<std::mutex> lock(ledger);
+  const auto found = blocks.find(memory);
+  if (found == blocks.end()) return;
+  const auto& block = found->second;
+  for (const auto& [stream, number] : block.uses)
+    if (block.home != 0 && !block.lent.count(stream) && !is_known(block.home, stream, number))
+      races.push_back("memory of stream " + std::to_string(block.home) + " is given back while stream " +
+                      std::to_string(stream) + " uses it");
+  blocks.erase(found);
+}
+
 struct Event {
+  Clock clock;
   int64_t stream;
   int64_t count;
   bool asked = false;
@@ -116,16 +192,29 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     return queues[stream.id()].waiting.empty();
   }
-  void synchronizeStream(const c10::Stream& stream) const override { run_until(stream.id(), queued(stream.id())); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { run_all(); }
+  void synchronizeStream(const c10::Stream& stream) const override {
+    run_until(stream.id(), queued(stream.id()));
+    finish(clock_of(stream.id()));
+  }
+  void synchronizeDevice(const c10::DeviceIndex) const override {
+    run_all();
+    for (int64_t id = 0; id <= streams; ++id) finish(clock_of(id));
+  }
 
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
     if (*event != nullptr) delete static_cast<Event*>(*event);
-    *event = new Event{stream.id(), queued(stream.id())};
+    *event = new Event{clock_of(stream.id()), stream.id(), queued(stream.id())};
   }
-  void block(void* event, const c10::Stream&) const override { synchronizeEvent(event); }
+  void block(void* event, const c10::Stream& stream) const override {
+    if (event == nullptr) return;
+    run_until(static_cast<Event*>(event)->stream, static_cast<Event*>(event)->count);
+    std::lock_guard<std::mutex> lock(ledger);
+    join(known[stream.id()], static_cast<Event*>(event)->clock);
+  }
   void synchronizeEvent(void* event) const override {
-    if (event != nullptr) run_until(static_cast<Event*>(event)->stream, static_cast<Event*>(event)->count);
+    if (event == nullptr) return;
+    run_until(static_cast<Event*>(event)->stream, static_cast<Event*>(event)->count);
+    finish(static_cast<Event*>(event)->clock);
   }
   bool queryEvent(void* event) const override {  // done at the second question: both answers occur
     auto* recorded = static_cast<Event*>(event);
@@ -135,7 +224,9 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     }
     recorded->asked = true;
     std::lock_guard<std::recursive_mutex> lock(mutex);
-    return queues[recorded->stream].done >= recorded->count;
+    if (queues[recorded->stream].done < recorded->count) return false;
+    finish(recorded->clock);
+    return true;
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
 };
@@ -155,6 +246,7 @@ void* take_memory(size_t nbytes) {
 
 void free_memory(void* memory) {
   auto* head = static_cast<char*>(memory) - kHead;
+  note_freed(memory);
   std::memset(memory, 0xCD, *reinterpret_cast<size_t*>(head));
   std::free(head);
 }
@@ -163,6 +255,7 @@ struct Allocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t nbytes) override {
     if (nbytes == 0) return {nullptr, nullptr, [](void*) {}, kDevice};
     auto* memory = take_memory(nbytes);
+    note_made(memory);
     return {memory, memory, &free_memory, kDevice};
   }
   c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
@@ -252,6 +345,16 @@ struct Inside {
   c10::impl::ExcludeDispatchKeyGuard rest{c10::autocast_dispatch_keyset | c10::python_ks};
 };
 
+void use(const at::Tensor& tensor, bool writes, const std::string& name) {
+  if (!tensor.defined() || tensor.device() != kDevice) return;
+  if (tensor.is_sparse()) {
+    use(tensor._indices(), writes, name);
+    use(tensor._values(), writes, name);
+  } else if (tensor.layout() == at::kStrided) {
+    use_memory(tensor.storage().data(), writes, name);
+  }
+}
+
 void copy_now(const at::Tensor& source, const at::Tensor& target) {
   Inside inside;
   auto host = on_host(target);
@@ -261,9 +364,13 @@ void copy_now(const at::Tensor& source, const at::Tensor& target) {
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& target, bool non_blocking) {
   const bool from_host = self.device().is_cpu(), to_host = target.device().is_cpu();
   if (from_host != to_host) count_transfer(from_host ? "in" : "out", self.nbytes());
+  begin_operation();
+  use(self, false, "a copy");
+  use(target, true, "a copy");
   if (!from_host || !non_blocking || current == 0) {
     run_until(current, queued(current));
     copy_now(self, target);
+    if (from_host != to_host && !non_blocking) finish(clock_of(current));
     return target;
   }
   // As CUDA does: what has to be converted is, at once and on the host. Other memory is read when the copy is made.
@@ -339,12 +446,20 @@ at::Tensor viewed(const at::Tensor& self, c10::IntArrayRef size) {
 
 at::Scalar local_scalar_dense(const at::Tensor& self) {
   count_transfer("item", self.nbytes());
+  begin_operation();
+  use(self, false, "item");
   run_until(current, queued(current));
+  finish(clock_of(current));
   Inside inside;
   return on_host(self).item();
 }
 
-void record_stream(at::Tensor&, c10::Stream) { ++lent; }
+void record_stream(at::Tensor& tensor, c10::Stream stream) {
+  ++lent;
+  std::lock_guard<std::mutex> lock(ledger);
+  const auto found = blocks.find(tensor.storage().data());
+  if (found != blocks.end()) found->second.lent.insert(stream.id());
+}
 
 // --- All other operations: the CPU's kernel is called on the same memory.
 
@@ -489,7 +604,20 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     check_devices(name, arguments);
   }
   if (waiting_for_values.count(name)) count_transfer("wait", 0);
+  begin_operation();
+  for (size_t i = 0; i < count; ++i) {
+    const auto* alias = op.schema().arguments()[i].alias_info();
+    if (alias != nullptr && !alias->isWrite()) continue;  // a view of it looks at no memory
+    const auto& argument = arguments[i];
+    if (argument.isTensor()) use(argument.toTensor(), alias != nullptr, name);
+    if (argument.isTensorList())
+      for (const at::Tensor& tensor : argument.toTensorList()) use(tensor, alias != nullptr, name);
+    if (argument.isOptionalTensorList())
+      for (const std::optional<at::Tensor>& tensor : argument.toOptionalTensorList())
+        if (tensor) use(*tensor, alias != nullptr, name);
+  }
   run_until(current, queued(current));
+  if (waiting_for_values.count(name)) finish(clock_of(current));
 
   Call call;
   for (size_t i = stack->size() - count; i < stack->size(); ++i) {
@@ -635,5 +763,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return found;
   });
   module.def("this_thread", [] { return static_cast<uint64_t>(std::hash<std::thread::id>{}(std::this_thread::get_id())); });
+  module.def("races", [] {
+    std::lock_guard<std::mutex> lock(ledger);
+    return std::exchange(races, {});
+  });
   module.def("lent", [] { return lent.load(); });
 }
