@@ -42,7 +42,7 @@ SAME: dict[str, tuple[Function, Callable[[], torch.Tensor]]] = {
     "square root": (lambda x: x.abs().sqrt(), floats),
     "compare": (lambda x: (x > 3) & (x <= 50), floats),
     "clamp": (lambda x: torch.maximum(x.clamp(-10, 10).relu(), x[:1]), ints),
-    "divide by one element there": (lambda x: x / x.abs().nan_to_num(1.0, 1.0, 1.0).sum(1, keepdim=True)[:1], floats),
+    "divide by one element there": (lambda x: x / x.abs().nan_to_num(1.0, 1.0, 1.0)[:1, 3:4], floats),
     "to double": (lambda x: x.double() * 3, floats),
     "to half": (lambda x: x.half(), floats),
     "to bool": (lambda x: x.bool(), floats),
