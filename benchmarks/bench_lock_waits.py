@@ -46,14 +46,8 @@ def main() -> None:
         sys.exit("the switches of a thread are counted on Linux only")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    runners = [
-        Plain(1, collate=True),
-        Plain(0),
-        CEILING,
-        Thread(),
-        Staged(),
-        Staged(process=True),
-    ]  # workers fork first
+    # The one with a worker process comes first: a process is forked before threads of the others run.
+    runners = [Plain(1, collate=True), Plain(0), CEILING, Thread(), Staged(), Staged(process=True)]
     trainings = {runner.name: runner.steps(Job(Size(), STEPS[options.step])) for runner in runners}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
     for steps in trainings.values():

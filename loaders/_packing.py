@@ -104,7 +104,9 @@ def pack(tensors: Sequence[torch.Tensor], apart: int = 0) -> Packing:
     end = 0
     for group in groups.values():
         first = tensors[group[0]]
-        if len(group) == 1 and first.is_contiguous() and not first.storage_offset():
+        if (
+            len(group) == 1 and first.is_contiguous() and not first.storage_offset()
+        ):  # nearly all: no need to look at strides
             parts.append(Part(_bytes_of_storage(first, 0, first.nbytes), end))
             slices[group[0]] = Slice(first.dtype, first.shape, first.stride(), end, alone=True)
             end = _aligned(end + first.nbytes)

@@ -22,7 +22,7 @@ def as_layout(strings: object) -> Layout:
 
     Raises:
         TypeError: if `strings` or an element has a wrong type.
-        ValueError: if a nested list is ragged, a tensor is not on the CPU, the offsets of a PackedStrings do not fit
+        ValueError: if a nested list is ragged, a tensor is on the meta device, the offsets of a PackedStrings do not fit
             its data, or a str has no UTF-8 form.
     """
     if isinstance(strings, PackedStrings):
